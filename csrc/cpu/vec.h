@@ -1,0 +1,181 @@
+// Vectors of one register: 64 bytes with AVX-512, 32 with AVX2, 16 elsewhere (SSE2, NEON).
+//
+// Vec<float> and Vec<double> are the compiler's vector types, so + - * / < ?: work on them lane by lane; the
+// functions here add what the operators lack. Loads and stores need no alignment. bfloat16 and float16 exist in
+// memory only: load() widens them to Vec<float>, store() rounds to nearest even.
+//
+// g++ does not redefine __AVX2__ and its like at a `#pragma GCC target`, so the build says which set this is.
+#pragma once
+
+#include "kernels/host_device.h"
+
+#if defined(CUDA_CNN_X86_VARIANTS)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+
+#if defined(CUDA_CNN_ISA_AVX512)
+constexpr int kVectorBytes = 64;
+#elif defined(CUDA_CNN_ISA_AVX2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define CUDA_CNN_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct VecTypes {
+  static constexpr int kLanes = kVectorBytes / sizeof(T);
+  typedef T Type __attribute__((vector_size(kVectorBytes)));
+  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VecTypes<T>::Type;
+// Lanes of the register that computes for T: as many for bfloat16 and float16 as for float.
+template <class T>
+constexpr int kLanes = VecTypes<Accumulator<T>>::kLanes;
+
+template <class T>
+CUDA_CNN_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};
+}
+
+CUDA_CNN_INLINE Vec<float> load(const float* p) {
+  return *reinterpret_cast<const VecTypes<float>::Unaligned*>(p);
+}
+CUDA_CNN_INLINE Vec<double> load(const double* p) {
+  return *reinterpret_cast<const VecTypes<double>::Unaligned*>(p);
+}
+CUDA_CNN_INLINE void store(float* p, Vec<float> v) { *reinterpret_cast<VecTypes<float>::Unaligned*>(p) = v; }
+CUDA_CNN_INLINE void store(double* p, Vec<double> v) {
+  *reinterpret_cast<VecTypes<double>::Unaligned*>(p) = v;
+}
+
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t HalfWordsUnaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+CUDA_CNN_INLINE HalfWords load_half_words(const void* p) {
+  return *static_cast<const HalfWordsUnaligned*>(p);
+}
+CUDA_CNN_INLINE void store_half_words(void* p, HalfWords v) { *static_cast<HalfWordsUnaligned*>(p) = v; }
+
+CUDA_CNN_INLINE Vec<float> load(const BFloat16* p) {
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(load_half_words(p), Words) << 16);
+}
+CUDA_CNN_INLINE void store(BFloat16* p, Vec<float> v) {
+  const Words bits = reinterpret_cast<Words>(v);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words quiet = (bits >> 16) | 0x40u;
+  const Words result = (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  store_half_words(p, __builtin_convertvector(result, HalfWords));
+}
+
+#if defined(CUDA_CNN_ISA_AVX512)
+CUDA_CNN_INLINE Vec<float> load(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+CUDA_CNN_INLINE void store(Half* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(CUDA_CNN_ISA_AVX2)
+CUDA_CNN_INLINE Vec<float> load(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+CUDA_CNN_INLINE void store(Half* p, Vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+CUDA_CNN_INLINE Vec<float> load(const Half* p) {
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+CUDA_CNN_INLINE void store(Half* p, Vec<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = to_half(v[i]);
+}
+#endif
+
+// The first `count` lanes (0 < count < kLanes); the others are 0, and their memory is not touched.
+template <class T>
+CUDA_CNN_INLINE Vec<Accumulator<T>> load_first(const T* p, int64_t count) {
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+CUDA_CNN_INLINE void store_first(T* p, Vec<Accumulator<T>> v, int64_t count) {
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}
+#if defined(CUDA_CNN_ISA_AVX512)
+template <>
+CUDA_CNN_INLINE Vec<float> load_first<float>(const float* p, int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+template <>
+CUDA_CNN_INLINE void store_first<float>(float* p, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
+}
+#endif
+
+// a * b + c, rounded once where the instruction set has it.
+#if defined(CUDA_CNN_ISA_AVX512)
+CUDA_CNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+CUDA_CNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+CUDA_CNN_INLINE Vec<float> sqrt(Vec<float> v) { return _mm512_sqrt_ps(v); }
+CUDA_CNN_INLINE Vec<double> sqrt(Vec<double> v) { return _mm512_sqrt_pd(v); }
+#elif defined(CUDA_CNN_ISA_AVX2)
+CUDA_CNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+CUDA_CNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+CUDA_CNN_INLINE Vec<float> sqrt(Vec<float> v) { return _mm256_sqrt_ps(v); }
+CUDA_CNN_INLINE Vec<double> sqrt(Vec<double> v) { return _mm256_sqrt_pd(v); }
+#else
+#if defined(__ARM_NEON)
+CUDA_CNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return vfmaq_f32(c, a, b); }
+CUDA_CNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return vfmaq_f64(c, a, b); }
+#else
+CUDA_CNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
+CUDA_CNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+#endif
+CUDA_CNN_INLINE Vec<float> sqrt(Vec<float> v) {
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+CUDA_CNN_INLINE Vec<double> sqrt(Vec<double> v) {
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+}
+#endif
+
+// max(v, 0); a NaN stays a NaN, as torch.relu has it.
+template <class V>
+CUDA_CNN_INLINE V relu(V v) {
+  return v < 0 ? V{} : v;
+}
+
+// The lanes' sum, in an order that is the same every time.
+CUDA_CNN_INLINE float sum(Vec<float> v) {
+  float total = 0;
+  for (int i = 0; i < kLanes<float>; ++i) total += v[i];
+  return total;
+}
+CUDA_CNN_INLINE double sum(Vec<double> v) {
+  double total = 0;
+  for (int i = 0; i < kLanes<double>; ++i) total += v[i];
+  return total;
+}
+
+// Hides a pointer from the optimiser: in a long unrolled loop g++ would otherwise keep every address in a
+// register of its own, and spill the accumulators.
+template <class T>
+CUDA_CNN_INLINE void opaque(T*& p) {
+  asm volatile("" : "+r"(p));
+}
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA
