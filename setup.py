@@ -1,57 +1,153 @@
-"""Builds the extension module cuda_cnn._C."""
+"""Builds cuda_cnn._C from csrc. What is built and why is decided in build_config.py; CONTRIBUTING.md explains.
 
+Every file of csrc/cpu but COMPILED_ONCE is compiled once for each instruction set of ISA_TARGETS, and the variant
+is chosen at run time. Neither -std= (torch passes the one its headers need) nor -march= (one binary serves all).
+"""
+
+import json
+import os
 import platform
+import sys
+import sysconfig
+import time
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # pip's build frontend leaves it out
+import build_config  # noqa: E402
+
+CSRC = ROOT / "csrc"
 COMPILED_ONCE = {"parallel.cpp", "workspace.cpp", "isa.cpp"}
+# A `#pragma GCC target` ahead of every include gives the code that -m flags would. A further set (avx512bf16, …)
+# is one more row here and in csrc/cpu/isa.h.
 ISA_TARGETS = {
     "baseline": "",
     "avx2": "avx2,fma,f16c,bmi,bmi2",
     "avx512": "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi,bmi2",
 }
+BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
+
+
+def instruction_sets(compiler: str) -> list[str]:
+    """clang ignores `#pragma GCC target`, so it builds the baseline alone, as do other processors."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return list(ISA_TARGETS) if x86 and not build_config.is_clang(compiler) else ["baseline"]
 
 
 def write_if_changed(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
+    """An unchanged file keeps its time stamp, so that ninja does not compile it again."""
+    if not path.is_file() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
-def isa_sources(kernels: list, isas: list) -> list:
-    """One translation unit for each CPU kernel file and instruction set."""
-    out = []
-    for source in kernels:
-        for isa in isas:
-            relative = source.relative_to(ROOT / "csrc")
-            name = "_".join(relative.relative_to("cpu").with_suffix("").parts)
-            target = f'#pragma GCC target("{ISA_TARGETS[isa]}")\n' if ISA_TARGETS[isa] else ""
-            text = f"{target}#define CUDA_CNN_ISA {isa}\n#define CUDA_CNN_ISA_{isa.upper()} 1\n"
-            unit = Path("build") / "isa" / f"{name}_{isa}.cpp"
-            write_if_changed(ROOT / unit, text + f'#include "{relative.as_posix()}"\n')
-            out.append(str(unit))
-    return out
+def isa_unit(source: Path, isa: str) -> str:
+    """Writes build/isa/<source>_<isa>.cpp; returns its path from ROOT."""
+    relative = source.relative_to(CSRC)
+    unit = Path("build", "isa", "_".join(relative.relative_to("cpu").with_suffix("").parts) + f"_{isa}.cpp")
+    target = f'#pragma GCC target("{ISA_TARGETS[isa]}")\n' if ISA_TARGETS[isa] else ""
+    defines = f"#define CUDA_CNN_ISA {isa}\n#define CUDA_CNN_ISA_{isa.upper()} 1\n"
+    write_if_changed(ROOT / unit, target + defines + f'#include "{relative.as_posix()}"\n')
+    return str(unit)
 
 
-x86 = platform.machine().lower() in ("x86_64", "amd64")
-cpu = sorted((ROOT / "csrc/cpu").rglob("*.cpp"))
-kernels = [p for p in cpu if p.name not in COMPILED_ONCE]
-plain = sorted((ROOT / "csrc").glob("*.cpp")) + sorted((ROOT / "csrc/ops").rglob("*.cpp"))
-plain += [p for p in cpu if p.name in COMPILED_ONCE]
-sources = [str(p.relative_to(ROOT)) for p in plain] + isa_sources(kernels, list(ISA_TARGETS) if x86 else ["baseline"])
-flags = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
-setup(
-    ext_modules=[
-        CppExtension(
-            "cuda_cnn._C",
-            sources,
-            include_dirs=[str(ROOT / "csrc")],
-            define_macros=[("CUDA_CNN_X86_VARIANTS", "1")] if x86 else [],
-            extra_compile_args={"cxx": flags},
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+def sources(isas: list[str], cuda: bool) -> list[str]:
+    cpu = sorted((CSRC / "cpu").rglob("*.cpp"))
+    once = [p for p in cpu if p.name in COMPILED_ONCE] + sorted(CSRC.glob("*.cpp")) + sorted((CSRC / "ops").rglob("*.cpp"))
+    if cuda:
+        once += sorted((CSRC / "cuda").rglob("*.cu"))
+    units = [isa_unit(p, isa) for p in cpu if p.name not in COMPILED_ONCE for isa in isas]
+    return [str(p.relative_to(ROOT)) for p in once] + units
+
+
+def compile_flags(knobs: build_config.Knobs) -> dict[str, list[str]]:
+    cxx = ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas"]
+    nvcc = ["-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-lineinfo"]
+    if knobs.sanitize:
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+        cxx += ["-fno-sanitize-recover=undefined"]
+    elif knobs.debug:
+        cxx += ["-O0", "-g"]
+        nvcc += ["-g"]
+    else:
+        cxx += ["-O3", "-g0"]  # Python's own flags hold -g
+    return {"cxx": cxx, "nvcc": nvcc}
+
+
+def extension(decision: build_config.Decision, knobs: build_config.Knobs, isas: list[str]) -> Extension:
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    macros = [("CUDA_CNN_X86_VARIANTS", "1")] if len(isas) > 1 else []
+    macros += [("CUDA_CNN_WITH_CUDA", "1")] if decision.cuda else []
+    return (CUDAExtension if decision.cuda else CppExtension)(
+        "cuda_cnn._C",
+        sources(isas, decision.cuda),
+        include_dirs=[str(CSRC)],
+        depends=[str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.is_file()],
+        define_macros=macros,
+        extra_compile_args=compile_flags(knobs),
+        extra_link_args=["-fsanitize=address,undefined"] if knobs.sanitize else [],
+    )
+
+
+def build_info(facts: build_config.Facts, decision: build_config.Decision, isas: list[str]) -> dict:
+    epoch = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+    return {
+        "torch": facts.torch,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime(epoch)),
+        "commit": build_config.commit(ROOT),
+        "compiler": build_config.compiler_version(facts.compiler),
+        "instruction_sets": isas,
+        "cuda": decision.cuda,
+        "why": decision.why,
+        "nvcc": decision.nvcc.version if decision.cuda else None,
+        "architectures": decision.architectures,
+        "notes": list(decision.notes),
+    }
+
+
+def build_command(info: dict, variant: str) -> type:
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Objects outlive the command (pip would put them in a temporary folder), one folder for each torch.
+            tag = f"{sys.implementation.cache_tag}-torch{info['torch']}{variant}"
+            self.build_temp = str(ROOT / "build" / f"temp-{tag}")
+
+        def run(self) -> None:
+            super().run()
+            package = CSRC.parent / "cuda_cnn" if self.inplace else Path(self.build_lib) / "cuda_cnn"
+            suffix = Path(sysconfig.get_config_var("EXT_SUFFIX")).stem
+            (package / f"_build_info{suffix}.json").write_text(json.dumps(info, indent=2) + "\n")
+
+    return Build
+
+
+def main() -> None:
+    if not BUILD_COMMANDS & set(sys.argv):  # sdist and the like compile nothing
+        setup(ext_modules=[Extension("cuda_cnn._C", [])], cmdclass={"build_ext": build_ext})
+        return
+    knobs = build_config.Knobs.read(os.environ)
+    facts = build_config.find_facts(knobs)
+    decision = build_config.decide(facts, knobs)
+    if decision.error:
+        raise SystemExit(f"\ncuda_cnn: {decision.error}\n")
+    for note in decision.notes:
+        print(f"cuda_cnn: {note}", flush=True)
+    os.environ["MAX_JOBS"] = str(decision.jobs)
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # ninja's
+    if decision.nvcc:  # before torch.utils.cpp_extension is imported, which reads them
+        os.environ.update(CUDA_HOME=decision.nvcc.home, TORCH_CUDA_ARCH_LIST=decision.architectures)
+    isas = instruction_sets(facts.compiler)
+    variant = "-cuda" * decision.cuda + "-sanitize" * knobs.sanitize + "-debug" * knobs.debug
+    info = build_info(facts, decision, isas)
+    setup(ext_modules=[extension(decision, knobs, isas)], cmdclass={"build_ext": build_command(info, variant)})
+
+
+main()
