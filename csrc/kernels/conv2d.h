@@ -1,0 +1,124 @@
+// 2-D convolution (cross-correlation) on NHWC activations and KRSC weights:
+//
+//   y[n,p,q,k] = bias[k] + sum over r, s, c of  w[k,r,s,c] * x[n, p*stride_h + r*dilation_h - pad_h,
+//                                                            q*stride_w + s*dilation_w - pad_w, g*C/groups + c]
+//
+// with c in [0, C/groups), g = k / (K/groups), and x = 0 outside the image. Its gradients, for dy = dL/dy:
+//
+//   dx[n,h,w,c]  = sum over k, r, s with h = p*stride_h + r*dilation_h - pad_h (w alike) of  w[k,r,s,c] * dy[n,p,q,k]
+//   dw[k,r,s,c]  = sum over n, p, q of  dy[n,p,q,k] * x[n, h, w, c]
+//   db[k]        = sum over n, p, q of  dy[n,p,q,k]
+//
+// Each launcher reads and writes what its line below names; the other pointers may be null.
+// Extents of 0 are legal: an empty sum is 0.
+#pragma once
+
+#include "cpu/isa.h"
+#include "kernels/host_device.h"
+
+namespace cuda_cnn {
+
+// The algorithms of csrc/cpu/conv2d, fastest first where they apply; kAuto leaves it to choose().
+enum class Conv2dAlgorithm : int32_t { kAuto, kWinograd, kDepthwise, kGemm, kReference };
+enum class Conv2dDirection : int32_t { kForward, kInputGrad, kWeightGrad };
+
+struct Conv2dParams {
+  DType dtype;  // of x, weight, bias, y, residual and of their gradients
+  int64_t N, H, W, C;    // x
+  int64_t K, R, S;       // weight (K, R, S, C/groups), contiguous in this order
+  int64_t P, Q;          // y (N, P, Q, K); given, so that padding below and right may differ from pad_h, pad_w
+  int64_t stride_h, stride_w;
+  int64_t pad_h, pad_w;  // above and on the left; may be negative
+  int64_t dilation_h, dilation_w;
+  int64_t groups;
+
+  const void* x;       // channels contiguous; pixels x_pixel elements apart, rows W and images H*W pixels apart
+  const void* weight;
+  const void* bias;    // K, or null
+  const void* dy;      // as y
+  void* y;             // pixels y_pixel elements apart
+  void* dx;            // pixels x_pixel elements apart
+  void* dweight;
+  void* dbias;         // or null
+  int64_t x_pixel;     // >= C: a channel slice of a wider buffer is a pointer and a pixel stride
+  int64_t y_pixel;
+
+  // Fused forms, forward. Padding is zero after the prologue; vectors are float (double for float64), or null.
+  const void* in_scale;  // x <- in_scale[c] * x + in_shift[c]
+  const void* in_shift;
+  bool in_relu;          // x <- max(x, 0)
+  bool relu;             // y <- max(y + residual, 0)
+  const void* residual;  // as y, pixels residual_pixel elements apart, or null
+  int64_t residual_pixel;
+  void* mean;            // K: of y over its pixels, and the biased variance; or null
+  void* variance;
+
+  Conv2dAlgorithm algorithm;  // forced, or kAuto
+  bool allow_winograd;        // it rounds otherwise than a direct sum
+  bool allow_tf32;            // CUDA, float32: torch.backends.cudnn.conv.fp32_precision
+  void* workspace;            // CUDA: conv2d_workspace_bytes, from torch's allocator
+};
+
+// Extent of the output along one axis; 0 where the kernel does not fit.
+HOST_DEVICE int64_t conv2d_output_extent(int64_t in, int64_t pad_both, int64_t kernel, int64_t stride, int64_t dilation) {
+  const int64_t room = in + pad_both - (dilation * (kernel - 1) + 1);
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+// The input row (column) that tap r reads for output row p; it may lie outside the image.
+HOST_DEVICE int64_t conv2d_input_index(int64_t p, int64_t r, int64_t stride, int64_t pad, int64_t dilation) {
+  return p * stride + r * dilation - pad;
+}
+
+// A strided input gradient falls into stride_h * stride_w phases, each a correlation of stride 1. Along one axis:
+//   dx[first + i*stride] = sum over j in [0, taps) of  w[tap + j*tap_step] * dy[base + i - j*dy_step],  0 <= i < count
+// and dy = 0 outside its extent. taps == 0: the phase is zero.
+struct Conv2dPhase {
+  int64_t first, count;
+  int64_t tap, tap_step, taps;
+  int64_t base, dy_step;
+};
+
+HOST_DEVICE Conv2dPhase conv2d_phase(int64_t phase, int64_t in, int64_t kernel, int64_t stride, int64_t pad,
+                                     int64_t dilation) {
+  int64_t gcd = stride, rest = dilation;
+  while (rest) {
+    const int64_t next = gcd % rest;
+    gcd = rest;
+    rest = next;
+  }
+  Conv2dPhase out{phase, in > phase ? (in - phase - 1) / stride + 1 : 0, 0, stride / gcd, 0, 0, dilation / gcd};
+  // Tap r meets row h where (h + pad - r*dilation) is a multiple of stride; the first such r is below stride/gcd.
+  while (out.tap < out.tap_step && (phase + pad - out.tap * dilation) % stride != 0) ++out.tap;
+  if (out.tap < out.tap_step && out.tap < kernel) {
+    out.taps = (kernel - out.tap - 1) / out.tap_step + 1;
+    out.base = (phase + pad - out.tap * dilation) / stride;
+  }
+  return out;
+}
+
+// The prologue's map of one input element.
+template <class Acc>
+HOST_DEVICE Acc conv2d_prologue(Acc x, Acc scale, Acc shift, bool relu) {
+  const Acc mapped = x * scale + shift;
+  return relu && mapped < 0 ? Acc(0) : mapped;
+}
+
+namespace cuda {
+int64_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dParams& params);
+void conv2d_forward(const Conv2dParams& params, Stream stream);      // x, weight, bias, … -> y
+void conv2d_input_grad(const Conv2dParams& params, Stream stream);   // dy, weight -> dx
+void conv2d_weight_grad(const Conv2dParams& params, Stream stream);  // x, dy -> dweight, dbias
+}  // namespace cuda
+
+}  // namespace cuda_cnn
+
+CUDA_CNN_CPU_KERNEL(conv2d_forward, Conv2dParams)
+CUDA_CNN_CPU_KERNEL(conv2d_input_grad, Conv2dParams)
+CUDA_CNN_CPU_KERNEL(conv2d_weight_grad, Conv2dParams)
+
+namespace cuda_cnn::cpu {
+// The algorithm that a call with these parameters takes: params.algorithm where it applies, else the first that does.
+Conv2dAlgorithm conv2d_choose(Conv2dDirection direction, const Conv2dParams& params);
+const char* conv2d_algorithm_name(Conv2dAlgorithm algorithm);
+}  // namespace cuda_cnn::cpu
