@@ -1,0 +1,1 @@
+"""The operators: fake kernels, autograd Functions and public functions, one module each."""

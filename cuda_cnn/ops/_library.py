@@ -1,0 +1,65 @@
+"""What every operator's binding shares.
+
+An operator is bound three times over: an `autograd.Function` for eager code and functorch, the same static methods
+through `torch.library.register_autograd` for traced code, and the bare kernel where nobody differentiates.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# The kernels. Tests point this at another library of the same operators.
+ops: Any = torch.ops.cuda_cnn
+
+
+def needs_function(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through the autograd.Function: somebody differentiates or transforms it.
+
+    Traced code calls the operator itself, whose registered autograd the tracer knows.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on this tensor's device, or None outside autocast."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """The tensor as autocast would hand it on: float32, bfloat16 and float16 change to dtype, others stay."""
+    if tensor is None or dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def empty_like_result(tensor: Tensor, shape: Any = None) -> Tensor:
+    """What a kernel allocates for a result computed from tensor: its memory format, a fresh dense tensor."""
+    shape = tensor.shape if shape is None else shape
+    return torch.empty(
+        shape, dtype=tensor.dtype, device=tensor.device, memory_format=torch._prims_common.suggest_memory_format(tensor)
+    )
+
+
+def fold_batch(tensor: Tensor, dim: int | None, batch_size: int) -> Tensor:
+    """A vmapped tensor (B, N, …) as one batch (B·N, …); one that is not mapped is repeated."""
+    if dim is None:
+        tensor = tensor.expand(batch_size, *tensor.shape)
+    else:
+        tensor = tensor.movedim(dim, 0)
+    return tensor.flatten(0, 1)
+
+
+def register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+    """Gives traced, exported and direct callers of the operator the Function's own derivative."""
+    torch.library.register_autograd(
+        f"cuda_cnn::{name}", function.backward, setup_context=function.setup_context
+    )
