@@ -14,12 +14,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-__all__ = ["FeaturesOnly", "create_model", "list_models", "nearest", "register_model"]
+__all__ = ["FeaturesOnly", "builder_parameters", "create_model", "list_models", "nearest", "register_model"]
 
 Builder = Callable[..., nn.Module]
 _builders: dict[str, Builder] = {}
@@ -52,14 +53,12 @@ def create_model(
 
     Raises ValueError for an unknown name (the nearest ones are suggested), TypeError for an unknown argument.
     """
-    _load_all()
-    if name not in _builders:
-        raise ValueError(f"unknown model {name!r}{nearest(name, _builders)}")
+    builder = _builder(name)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     if in_chans is not None:
         kwargs["in_chans"] = in_chans
-    model = _builders[name](**kwargs)
+    model = builder(**kwargs)
     return FeaturesOnly(model) if features_only else model
 
 
@@ -67,6 +66,11 @@ def list_models(pattern: str = "*") -> list[str]:
     """Names of all networks that match a shell-style pattern, sorted: `list_models("vgg*_bn")`."""
     _load_all()
     return sorted(fnmatch.filter(_builders, pattern))
+
+
+def builder_parameters(name: str) -> set[str]:
+    """Names of the arguments that `create_model(name, …)` takes."""
+    return set(inspect.signature(_builder(name)).parameters)
 
 
 def nearest(name: str, known) -> str:
@@ -88,6 +92,13 @@ class FeaturesOnly(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.model.forward_features(x)
+
+
+def _builder(name: str) -> Builder:
+    _load_all()
+    if name not in _builders:
+        raise ValueError(f"unknown model {name!r}{nearest(name, _builders)}")
+    return _builders[name]
 
 
 def _load_all() -> None:

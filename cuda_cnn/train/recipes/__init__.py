@@ -1,0 +1,73 @@
+"""Recipes: how a network is trained, as small JSON files beside this one, each naming its paper.
+
+`load_recipe("lenet5")` reads lenet5.json; an option of `cuda-cnn train` overrides one field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...models.registry import nearest
+
+__all__ = ["Recipe", "list_recipes", "load_recipe"]
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a training run but its data, its seed and its folder."""
+
+    model: str
+    model_args: dict = field(default_factory=dict)
+    epochs: int = 10
+    batch_size: int = 32
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    loss: str = "cross_entropy"
+    loss_args: dict = field(default_factory=dict)
+    augment: list = field(default_factory=list)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe: expected {name} of at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"recipe: expected lr above 0, got {self.lr}")
+
+    def override(self, **fields) -> Recipe:
+        """The same recipe with those of `fields` that are not None."""
+        return dataclasses.replace(self, **{k: v for k, v in fields.items() if v is not None})
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Recipe:
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"recipe: unknown field {key!r}{nearest(key, known)}")
+        return cls(**values)
+
+
+def list_recipes() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a JSON file of one's own. Raises ValueError naming what is wrong."""
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"unknown recipe {name!r}{nearest(name, list_recipes())}")
+    try:
+        return Recipe.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"{path}: not a recipe ({error})") from error
