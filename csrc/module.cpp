@@ -1,10 +1,48 @@
-// The extension module: facts about the build, no tensors. The operators register themselves with torch when it loads.
+// The extension module: facts about the build and the processor, no tensors. The operators register themselves
+// with torch's dispatcher when it loads.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "ops/build_note.h"
+
+namespace {
+
+using cuda_cnn::cpu::Isa;
+
+constexpr Isa kIsas[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : kIsas) {
+    if (cuda_cnn::cpu::isa_available(isa)) names.push_back(cuda_cnn::cpu::isa_name(isa));
+  }
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (Isa isa : kIsas) {
+    if (name == cuda_cnn::cpu::isa_name(isa) && cuda_cnn::cpu::set_isa(isa)) return;
+  }
+  throw std::invalid_argument("instruction set " + name + " is not in this build or not in this processor");
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
-#ifdef CUDA_CNN_WITH_CUDA
+#if defined(CUDA_CNN_WITH_CUDA)
   m.attr("with_cuda") = true;
 #else
   m.attr("with_cuda") = false;
 #endif
+  m.def("cpu_isa", [] { return cuda_cnn::cpu::isa_name(cuda_cnn::cpu::isa()); }, "The instruction set in use.");
+  m.def("cpu_isas", &available_isas, "The instruction sets that both the build and this processor have.");
+  m.def("set_cpu_isa", &set_isa, pybind11::arg("name"), "For tests: the instruction set from now on.");
+  m.def("num_threads", &cuda_cnn::cpu::num_threads, "Threads that a kernel may use.");
+  m.def("set_build_note", [](const std::string& note) { cuda_cnn::build_note() = note; }, pybind11::arg("note"));
 }
