@@ -52,7 +52,8 @@ def test_window_edges(device, size):
 
 
 def test_strides_are_torchs(device):
-    for shape, layout in itertools.product(SHAPES, ["contiguous", "channels_last"]):
+    not_empty = [shape for shape in SHAPES if shape[0]]
+    for shape, layout in itertools.product(not_empty, ["contiguous", "channels_last"]):
         x = lay_out(reals(*shape, dtype=torch.float32).to(device), layout)
         assert F.local_response_norm(x, 5).stride() == torch.nn.functional.local_response_norm(x, 5).stride()
 

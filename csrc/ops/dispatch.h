@@ -42,16 +42,17 @@ inline void* mutable_data(const at::Tensor& tensor) { return tensor.mutable_data
 inline Stream current_stream() { return at::cuda::getCurrentCUDAStream().stream(); }
 #endif
 
-// Defines an operator and gives it one implementation for every device: fn itself looks at the device when it
-// launches.
+// Defines an operator and gives it one implementation for every kind of tensor: fn itself refuses what it cannot
+// take (with a message that names the argument), and looks at the device when it launches.
 template <class Fn>
 void define(torch::Library& library, const std::string& schema, Fn* fn) {
   library.def(torch::schema(schema.c_str(), c10::AliasAnalysisKind::FROM_SCHEMA), {at::Tag::pt2_compliant_tag});
   const std::string name = schema.substr(0, schema.find('('));
-  library.impl(name.c_str(), torch::dispatch(c10::DispatchKey::CPU, torch::CppFunction(fn)));
-#if !defined(CUDA_CNN_EMULATED)
-  library.impl(name.c_str(), torch::dispatch(c10::DispatchKey::CUDA, torch::CppFunction(fn)));
-#endif
+  using Key = c10::DispatchKey;
+  for (Key key : {Key::CPU, Key::CUDA, Key::SparseCPU, Key::SparseCUDA, Key::SparseCsrCPU, Key::SparseCsrCUDA,
+                  Key::MkldnnCPU}) {
+    library.impl(name.c_str(), torch::dispatch(key, torch::CppFunction(fn)));
+  }
 }
 
 }  // namespace cuda_cnn::ops
