@@ -1,7 +1,7 @@
 """Builds cuda_cnn._C from csrc. What is built and why is decided in build_config.py; CONTRIBUTING.md explains.
 
-Every file of csrc/cpu but COMPILED_ONCE is compiled once for each instruction set of ISA_TARGETS, and the variant
-is chosen at run time. Neither -std= (torch passes the one its headers need) nor -march= (one binary serves all).
+A file of csrc/cpu in namespace cpu::CUDA_CNN_ISA is compiled once for each instruction set of ISA_TARGETS, and the
+variant is chosen at run time. Neither -std= (torch passes the one its headers need) nor -march= (one binary serves all).
 """
 
 import json
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))  # pip's build frontend leaves it out
 import build_config  # noqa: E402
 
 CSRC = ROOT / "csrc"
-COMPILED_ONCE = {"parallel.cpp", "workspace.cpp", "isa.cpp"}
+COMPILED_ONCE = {"parallel.cpp", "workspace.cpp", "isa.cpp", "choose.cpp"}
 # A `#pragma GCC target` ahead of every include gives the code that -m flags would. A further set (avx512bf16, …)
 # is one more row here and in csrc/cpu/isa.h.
 ISA_TARGETS = {
@@ -45,9 +45,9 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 def isa_unit(source: Path, isa: str) -> str:
-    """Writes build/isa/<source>_<isa>.cpp; returns its path from ROOT."""
+    """Writes build/isa/cpu/<source>_<isa>.cpp; returns its path from ROOT."""
     relative = source.relative_to(CSRC)
-    unit = Path("build", "isa", "_".join(relative.relative_to("cpu").with_suffix("").parts) + f"_{isa}.cpp")
+    unit = Path("build", "isa", relative.with_name(f"{source.stem}_{isa}.cpp"))
     target = f'#pragma GCC target("{ISA_TARGETS[isa]}")\n' if ISA_TARGETS[isa] else ""
     defines = f"#define CUDA_CNN_ISA {isa}\n#define CUDA_CNN_ISA_{isa.upper()} 1\n"
     write_if_changed(ROOT / unit, target + defines + f'#include "{relative.as_posix()}"\n')
@@ -56,10 +56,10 @@ def isa_unit(source: Path, isa: str) -> str:
 
 def sources(isas: list[str], cuda: bool) -> list[str]:
     cpu = sorted((CSRC / "cpu").rglob("*.cpp"))
-    once = [p for p in cpu if p.name in COMPILED_ONCE] + sorted(CSRC.glob("*.cpp")) + sorted((CSRC / "ops").rglob("*.cpp"))
-    if cuda:
-        once += sorted((CSRC / "cuda").rglob("*.cu"))
-    units = [isa_unit(p, isa) for p in cpu if p.name not in COMPILED_ONCE for isa in isas]
+    variants = [p for p in cpu if "namespace cuda_cnn::cpu::CUDA_CNN_ISA" in p.read_text()]
+    once = [p for p in cpu if p not in variants] + sorted(CSRC.glob("*.cpp")) + sorted((CSRC / "ops").rglob("*.cpp"))
+    once += sorted((CSRC / "cuda").rglob("*.cu")) if cuda else []
+    units = [isa_unit(p, isa) for p in variants for isa in isas]
     return [str(p.relative_to(ROOT)) for p in once] + units
 
 
