@@ -38,8 +38,8 @@ struct Conv2dParams {
   const void* dy;      // as y
   void* y;             // pixels y_pixel elements apart
   void* dx;            // pixels x_pixel elements apart
-  void* dweight;
-  void* dbias;         // or null
+  void* dweight;       // dweight or dbias may be null: it is not wanted
+  void* dbias;
   int64_t x_pixel;     // >= C: a channel slice of a wider buffer is a pointer and a pixel stride
   int64_t y_pixel;
 

@@ -1,0 +1,33 @@
+// The algorithms behind the three launchers of kernels/conv2d.h, each for the element type T.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+#include "cpu/workspace.h"
+#include "kernels/conv2d.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+
+// conv2d/reference.cpp: the formula, one loop an index.
+template <class T>
+void forward_reference(const Conv2dParams& p);
+template <class T>
+void input_grad_reference(const Conv2dParams& p);
+template <class T>
+void weight_grad_reference(const Conv2dParams& p);
+
+// conv2d/gemm_passes.cpp, weight_grad.cpp: implicit matrix products.
+template <class T>
+void forward_gemm(const Conv2dParams& p);
+template <class T>
+void input_grad_gemm(const Conv2dParams& p);
+template <class T>
+void weight_grad_gemm(const Conv2dParams& p);
+
+// conv2d/channel_sums.cpp: reductions over pixels.
+template <class T>
+void bias_grad(const Conv2dParams& p);
+template <class T>
+void output_statistics(const Conv2dParams& p);
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -1,0 +1,182 @@
+// Forward and input gradient as implicit matrix products:
+//   for a block of positions and a range of channel panels (a task)
+//     for a block of depth
+//       pack the positions' rows                      A: kBlockRows * kBlockDepth, stays in L2
+//       for a panel, for a tile of rows               B: kBlockDepth * 32 columns, from L2
+//         out += rows * panel                         in registers
+// Every element's sum has one order, whatever the tasks: blocks of depth from 0 upwards, each summed in turn.
+#include "cpu/conv2d/gemm.h"
+
+#include "cpu/parallel.h"
+#include "cpu/workspace.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+
+struct GemmTasks {
+  int64_t blocks, tiles_a_block, channel_parts;
+};
+
+namespace {
+
+// A: 168 * 384 * 4 bytes = 252 KiB, a quarter of the L2 of the machines of today; B's block 48 KiB.
+constexpr int64_t kBlockDepth = 384;
+constexpr int64_t kBlockTiles = 168 / kTileRows;
+// Below so many multiply-adds a thread is not worth waking.
+constexpr int64_t kWorthAThread = 100000;
+
+// The depth is cut into equal blocks, each of whole rows of taps, whole taps, or channels of one tap.
+struct DepthBlocks {
+  int64_t depth, unit, tap_depth, blocks_per_tap, size;
+};
+
+template <class T>
+DepthBlocks cut_depth(const Gather<T>& g) {
+  DepthBlocks cut{g.depth(), 0, g.channels, 0, 0};
+  if (g.channels > kBlockDepth) {
+    cut.blocks_per_tap = ceil_div(g.channels, kBlockDepth);
+    cut.size = ceil_div(ceil_div(g.channels, cut.blocks_per_tap), kLanes<T>) * kLanes<T>;
+  } else {
+    cut.unit = g.S * g.channels <= kBlockDepth ? g.S * g.channels : g.channels;
+    const int64_t units = cut.depth / cut.unit;
+    const int64_t blocks = ceil_div(units, kBlockDepth / cut.unit);
+    cut.size = ceil_div(units, blocks) * cut.unit;
+  }
+  return cut;
+}
+
+// The end of the block that begins at `begin`.
+CUDA_CNN_INLINE int64_t block_end(const DepthBlocks& cut, int64_t begin) {
+  const int64_t limit = cut.blocks_per_tap ? (begin / cut.tap_depth + 1) * cut.tap_depth : cut.depth;
+  return min64(begin + cut.size, limit);
+}
+
+template <class T>
+struct Task {
+  const Gather<T>& gather;
+  const Scatter<T>& scatter;
+  const Accumulator<T>* panels;  // of the group
+  int64_t channel;               // the group's first
+  int64_t columns;
+  int64_t position, count;
+  int64_t panel_begin, panel_end;
+  bool linear;  // rows of the output are scatter.pixel apart
+};
+
+// bias, residual, ReLU, narrowing: `rows` x `columns` of c, which has step kTileColumns.
+template <class T>
+void finish(const Task<T>& t, int64_t position, int64_t rows, int64_t channel, int64_t columns,
+            const Accumulator<T>* c) {
+  using Acc = Accumulator<T>;
+  constexpr int kWidth = kLanes<Acc>;
+  const Scatter<T>& to = t.scatter;
+  for (int64_t i = 0; i < rows; ++i, c += kTileColumns<Acc>) {
+    int64_t pixel = position + i;
+    if (!t.linear) {
+      const int64_t q = pixel % t.gather.Q, p = pixel / t.gather.Q % t.gather.P, n = pixel / (t.gather.Q * t.gather.P);
+      pixel = (n * to.H + to.first_h + p * to.step_h) * to.W + to.first_w + q * to.step_w;
+    }
+    T* out = to.out + pixel * to.pixel + channel;
+    const T* residual = to.residual ? to.residual + pixel * to.residual_pixel + channel : nullptr;
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const int64_t left = columns - j;
+      const bool whole = left >= kWidth;
+      Vec<Acc> value = load(c + j);
+      if (to.bias) value += whole ? load(to.bias + channel + j) : load_first(to.bias + channel + j, left);
+      if (residual) value += whole ? load(residual + j) : load_first(residual + j, left);
+      if (to.relu) value = relu(value);
+      if (whole) {
+        store(out + j, value);
+      } else {
+        store_first(out + j, value, left);
+      }
+    }
+  }
+}
+
+template <class T>
+void run_task(const Task<T>& t) {
+  using Acc = Accumulator<T>;
+  constexpr int64_t kColumns = kTileColumns<Acc>;
+  const DepthBlocks cut = cut_depth(t.gather);
+  const int64_t step = ceil_div(cut.size, kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
+  Acc* a = workspace<Acc>(Workspace::kA, t.count * step);
+  Acc* sums = workspace<Acc>(Workspace::kB, ceil_div(t.columns, kColumns) * t.count * kColumns);
+  Gather<T> gather = t.gather;
+  // A whole panel of float goes straight to its place, and sums there.
+  const bool in_place = sizeof(T) == sizeof(Acc) && t.linear && !t.scatter.residual;
+
+  for (int64_t begin = 0; begin < cut.depth;) {
+    const int64_t end = block_end(cut, begin);
+    const bool last = end == cut.depth;
+    pack_positions(gather, t.position, t.count, begin, end, a, step);
+    for (int64_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
+      const int64_t columns = min64(t.columns - panel * kColumns, kColumns);
+      const int64_t channel = t.channel + panel * kColumns;
+      const Acc* b = t.panels + (panel * cut.depth + begin) * kColumns;
+      const bool direct = in_place && columns == kColumns;
+      TileOutput<Acc> out{sums + panel * t.count * kColumns, kColumns, nullptr, begin > 0, false};
+      if (direct) {
+        out.c = reinterpret_cast<Acc*>(t.scatter.out) + t.position * t.scatter.pixel + channel;
+        out.step = t.scatter.pixel;
+        out.relu = last && t.scatter.relu;
+        if (last && t.scatter.bias) out.bias = reinterpret_cast<const Acc*>(t.scatter.bias) + channel;
+      }
+      for (int64_t i = 0; i < t.count; i += kTileRows, out.c += kTileRows * out.step) {
+        const int64_t rows = min64(t.count - i, kTileRows);
+        find_tile<Acc>(TileOperand::kDepthContiguous, rows, columns)(a + i * step, step, b, end - begin, out);
+        if (last && !direct) finish(t, t.position + i, rows, channel, columns, out.c);
+      }
+    }
+    begin = end;
+  }
+}
+
+// As many blocks of positions as threads want, then the channels are cut too where those are too few.
+GemmTasks cut_tasks(int64_t positions, int64_t panels, int64_t groups, bool small) {
+  const int64_t tiles = ceil_div(positions, kTileRows), threads = small ? 1 : num_threads();
+  int64_t blocks = ceil_div(tiles, kBlockTiles), parts = 1;
+  if (blocks * groups % threads != 0) blocks = min64(tiles, ceil_div(blocks, threads) * threads);
+  // Few positions: a block of less than 4 tiles would read all the weights for little.
+  if (tiles < 4 * blocks && threads > 1) {
+    blocks = ceil_div(tiles, kBlockTiles);
+    parts = min64(panels, ceil_div(threads, blocks * groups));
+  }
+  const int64_t tiles_a_block = ceil_div(tiles, blocks);
+  return {ceil_div(tiles, tiles_a_block), tiles_a_block, parts};
+}
+
+}  // namespace
+
+template <class T>
+void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumulator<T>* panels, int64_t N,
+               int64_t groups, int64_t columns) {
+  constexpr int64_t kColumns = kTileColumns<Accumulator<T>>;
+  const int64_t positions = N * gather.P * gather.Q, depth = gather.depth();
+  const int64_t group_panels = ceil_div(columns, kColumns);
+  const bool linear = scatter.step_h == 1 && scatter.step_w == 1 && gather.P == scatter.H && gather.Q == scatter.W;
+  const GemmTasks cut = cut_tasks(positions, group_panels, groups, positions * depth * columns * groups < 2 * kWorthAThread);
+
+  parallel_for(cut.blocks * groups * cut.channel_parts, 1, [&](int64_t task_begin, int64_t task_end) {
+    for (int64_t task = task_begin; task < task_end; ++task) {
+      const int64_t part = task % cut.channel_parts, rest = task / cut.channel_parts;
+      const int64_t group = rest / cut.blocks, block = rest % cut.blocks;
+      const int64_t position = block * cut.tiles_a_block * kTileRows;
+      Gather<T> of_group = gather;
+      of_group.source += group * gather.channels;
+      if (gather.scale) {
+        of_group.scale += group * gather.channels;
+        of_group.shift += group * gather.channels;
+      }
+      run_task(Task<T>{of_group, scatter, panels + group * group_panels * depth * kColumns, group * columns, columns,
+                       position, min64(positions - position, cut.tiles_a_block * kTileRows),
+                       group_panels * part / cut.channel_parts, group_panels * (part + 1) / cut.channel_parts, linear});
+    }
+  });
+}
+
+template void correlate(const Gather<float>&, const Scatter<float>&, const float*, int64_t, int64_t, int64_t);
+template void correlate(const Gather<double>&, const Scatter<double>&, const double*, int64_t, int64_t, int64_t);
+template void correlate(const Gather<BFloat16>&, const Scatter<BFloat16>&, const float*, int64_t, int64_t, int64_t);
+template void correlate(const Gather<Half>&, const Scatter<Half>&, const float*, int64_t, int64_t, int64_t);
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -1,0 +1,150 @@
+#include "cpu/conv2d/pack.h"
+
+#include "cpu/conv2d/transpose.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+namespace {
+
+// Writes whole vectors: up to a vector behind out + count.
+template <class T>
+CUDA_CNN_INLINE void copy_channels(const T* from, int64_t count, Accumulator<T>* out) {
+  int64_t c = 0;
+  for (; c + kLanes<T> <= count; c += kLanes<T>) store(out + c, load(from + c));
+  if (c < count) store(out + c, load_first(from + c, count - c));
+}
+
+template <class Acc>
+CUDA_CNN_INLINE void zero_channels(int64_t count, Acc* out) {
+  for (int64_t c = 0; c < count; c += kLanes<Acc>) store(out + c, Vec<Acc>{});
+}
+
+template <class T>
+void map_channels(const Gather<T>& gather, int64_t channel, int64_t count, Accumulator<T>* out) {
+  using Acc = Accumulator<T>;
+  constexpr int kWidth = kLanes<Acc>;
+  for (int64_t c = 0; c < count; c += kWidth) {
+    const int64_t left = count - c;
+    Vec<Acc> value = load(out + c);
+    if (gather.scale) {
+      const Acc *scale = gather.scale + channel + c, *shift = gather.shift + channel + c;
+      value = left >= kWidth ? fma(value, load(scale), load(shift))
+                             : fma(value, load_first(scale, left), load_first(shift, left));
+    }
+    store(out + c, gather.relu ? relu(value) : value);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t depth_begin, int64_t depth_end,
+                    Accumulator<T>* out, int64_t step) {
+  const int64_t first_tap = depth_begin / g.channels, first_channel = depth_begin % g.channels;
+  const int64_t depth = depth_end - depth_begin, row_depth = g.S * g.channels;
+  const bool mapped = g.scale || g.relu;
+  // A whole row of taps is one run of memory where neighbouring taps are neighbouring pixels.
+  const bool joined = g.tap_w == 1 && g.pixel == g.channels && !mapped && depth_begin % row_depth == 0 &&
+                      depth % row_depth == 0;
+
+  int64_t q = position % g.Q, p = position / g.Q % g.P, n = position / (g.Q * g.P);
+  for (int64_t i = 0; i < count; ++i, out += step) {
+    const int64_t h0 = g.base_h + p * g.stride_h, w0 = g.base_w + q * g.stride_w;
+    const T* image = g.source + n * g.H * g.W * g.pixel;
+    int64_t r = first_tap / g.S, s = first_tap % g.S;
+    if (joined && w0 >= 0 && w0 + g.S <= g.W) {
+      for (int64_t d = 0; d < depth; d += row_depth, ++r) {
+        const int64_t h = h0 + r * g.tap_h;
+        if (h >= 0 && h < g.H) {
+          copy_channels(image + (h * g.W + w0) * g.pixel, row_depth, out + d);
+        } else {
+          zero_channels(row_depth, out + d);
+        }
+      }
+    } else {
+      int64_t channel = first_channel;
+      for (int64_t d = 0, part; d < depth; d += part, channel = 0) {
+        part = min64(g.channels - channel, depth - d);
+        const int64_t h = h0 + r * g.tap_h, w = w0 + s * g.tap_w;
+        if (h >= 0 && h < g.H && w >= 0 && w < g.W) {
+          copy_channels(image + (h * g.W + w) * g.pixel + channel, part, out + d);
+          if (mapped) map_channels(g, channel, part, out + d);
+        } else {
+          zero_channels(part, out + d);
+        }
+        if (++s == g.S) s = 0, ++r;
+      }
+    }
+    if (++q == g.Q) {
+      q = 0;
+      if (++p == g.P) p = 0, ++n;
+    }
+  }
+}
+
+template <class T>
+void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Accumulator<T>* panel) {
+  using Acc = Accumulator<T>;
+  constexpr int kWidth = kLanes<Acc>;
+  for (int64_t d = 0; d < depth; d += kWidth) {
+    const int64_t left = min64(depth - d, kWidth);
+    for (int j = 0; j < kTileVectors; ++j) {
+      Vec<Acc> square[kWidth];
+      const T* from = rows + j * kWidth * pitch + d;
+      for (int i = 0; i < kWidth; ++i, from += pitch) {
+        const bool inside = j * kWidth + i < columns;
+        square[i] = !inside ? Vec<Acc>{} : left == kWidth ? load(from) : load_first(from, left);
+      }
+      transpose<Acc>(square);
+      for (int64_t i = 0; i < left; ++i) store(panel + (d + i) * kTileColumns<Acc> + j * kWidth, square[i]);
+    }
+  }
+}
+
+template <class T>
+void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Accumulator<T>* panel) {
+  using Acc = Accumulator<T>;
+  constexpr int kWidth = kLanes<Acc>;
+  for (int64_t d = 0; d < depth; ++d, rows += pitch, panel += kTileColumns<Acc>) {
+    for (int j = 0; j < kTileVectors; ++j) {
+      const int64_t left = columns - j * kWidth;
+      const T* from = rows + j * kWidth;
+      store(panel + j * kWidth, left >= kWidth ? load(from) : left > 0 ? load_first(from, left) : Vec<Acc>{});
+    }
+  }
+}
+
+template <class T>
+void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64_t depth, T* rows, int64_t pitch) {
+  using Acc = Accumulator<T>;
+  constexpr int kWidth = kLanes<Acc>;
+  for (int64_t d = 0; d < depth; d += kWidth) {
+    const int64_t left = min64(depth - d, kWidth);
+    for (int j = 0; j < kTileVectors && j * kWidth < columns; ++j) {
+      Vec<Acc> square[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        square[i] = i < left ? load(panel + (d + i) * kTileColumns<Acc> + j * kWidth) : Vec<Acc>{};
+      }
+      transpose<Acc>(square);
+      T* to = rows + j * kWidth * pitch + d;
+      for (int64_t i = 0; i < min64(kWidth, columns - j * kWidth); ++i, to += pitch) {
+        if (left == kWidth) {
+          store(to, square[i]);
+        } else {
+          store_first(to, square[i], left);
+        }
+      }
+    }
+  }
+}
+
+#define INSTANTIATE(T)                                                                                      \
+  template void pack_positions(const Gather<T>&, int64_t, int64_t, int64_t, int64_t, Accumulator<T>*, int64_t); \
+  template void pack_panel_transposed(const T*, int64_t, int64_t, int64_t, Accumulator<T>*);                \
+  template void pack_panel(const T*, int64_t, int64_t, int64_t, Accumulator<T>*);                           \
+  template void unpack_panel_transposed(const Accumulator<T>*, int64_t, int64_t, T*, int64_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(BFloat16)
+INSTANTIATE(Half)
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

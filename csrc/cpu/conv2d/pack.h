@@ -1,0 +1,44 @@
+// Packing: what the register tiles read, in the order in which they read it, widened to Acc.
+#pragma once
+
+#include "cpu/conv2d/tile.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+
+// Which elements of an NHWC source an output position reads: tap (r, s) of position (n, p, q) reads pixel
+// (n, base_h + p*stride_h + r*tap_h, base_w + q*stride_w + s*tap_w), all `channels` of it; 0 outside the image.
+// The matrix of a convolution has a row a position and a column a (r, s, channel): its "depth".
+template <class T>
+struct Gather {
+  const T* source;  // the group's first channel
+  int64_t H, W, pixel;
+  int64_t P, Q;
+  int64_t stride_h, stride_w, base_h, base_w;
+  int64_t R, S, tap_h, tap_w;
+  int64_t channels;
+  const Accumulator<T>* scale = nullptr;  // prologue, a value a channel
+  const Accumulator<T>* shift = nullptr;
+  bool relu = false;
+
+  int64_t depth() const { return R * S * channels; }
+};
+
+// Rows [position, position + count) and columns [depth_begin, depth_end) of the matrix, `step` elements apart;
+// step has room for a vector behind the columns.
+template <class T>
+void pack_positions(const Gather<T>& gather, int64_t position, int64_t count, int64_t depth_begin,
+                    int64_t depth_end, Accumulator<T>* out, int64_t step);
+
+// A panel [depth][kTileColumns] of a matrix with rows[column][depth]: its columns are rows of memory, `pitch` apart.
+template <class T>
+void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Accumulator<T>* panel);
+
+// A panel of a matrix [depth][columns] with rows `pitch` apart.
+template <class T>
+void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Accumulator<T>* panel);
+
+// The inverse of pack_panel_transposed, narrowing: rows[column][depth] of a panel.
+template <class T>
+void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64_t depth, T* rows, int64_t pitch);
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

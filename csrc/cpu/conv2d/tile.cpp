@@ -1,0 +1,109 @@
+// Register tiles. A step of depth takes two loads of B, one broadcast of A a row and two multiply-adds a row:
+// 28 (AVX-512) or 12 (AVX2, SSE2) independent sums hide the multiply-adder's latency, and loads stay at half the
+// multiply-adds. The addresses are written so that the loop needs few registers: see depth_contiguous.
+#include "cpu/conv2d/tile.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+namespace {
+
+template <class Acc, int kRows, int kVectors>
+CUDA_CNN_INLINE void store_tile(const Vec<Acc> (&sums)[kRows][kVectors], const TileOutput<Acc>& out) {
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; ++j) {
+    const Vec<Acc> bias = out.bias ? load(out.bias + j * kLanes<Acc>) : Vec<Acc>{};
+#pragma GCC unroll 14
+    for (int i = 0; i < kRows; ++i) {
+      Acc* c = out.c + i * out.step + j * kLanes<Acc>;
+      Vec<Acc> value = sums[i][j];
+      if (out.accumulate) value += load(c);
+      value += bias;
+      store(c, out.relu ? relu(value) : value);
+    }
+  }
+}
+
+// One step of depth; value(i) is A's element of row i.
+template <class Acc, int kRows, int kVectors, class Value>
+CUDA_CNN_INLINE void multiply_add(Vec<Acc> (&sums)[kRows][kVectors], const Acc* b, const Value& value) {
+  Vec<Acc> columns[kVectors];
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; ++j) columns[j] = load(b + j * kLanes<Acc>);
+#pragma GCC unroll 14
+  for (int i = 0; i < kRows; ++i) {
+    const Vec<Acc> row = broadcast(value(i));
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = fma(row, columns[j], sums[i][j]);
+  }
+}
+
+// Rows in threes from one pointer: row i is [p], [p + step] or [p + 2*step], which are addressing modes.
+template <class Acc, int kRows, int kVectors>
+void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out) {
+  constexpr int kUnroll = 4, kGroups = (kRows + 2) / 3;
+  Vec<Acc> sums[kRows][kVectors] = {};
+  const Acc* rows[kGroups];
+#pragma GCC unroll 5
+  for (int g = 0; g < kGroups; ++g) rows[g] = a + 3 * g * a_step;
+  const auto advance = [&](int steps) __attribute__((always_inline)) {
+    b += steps * kTileColumns<Acc>;
+#pragma GCC unroll 5
+    for (int g = 0; g < kGroups; ++g) rows[g] += steps;
+  };
+  for (; depth >= kUnroll; depth -= kUnroll) {
+#pragma GCC unroll 4
+    for (int d = 0; d < kUnroll; ++d) {
+      opaque(b);
+      multiply_add<Acc>(sums, b + d * kTileColumns<Acc>,
+                        [&](int i) __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_step + d]; });
+    }
+    advance(kUnroll);
+  }
+  for (; depth > 0; --depth) {
+    multiply_add<Acc>(sums, b, [&](int i) __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_step]; });
+    advance(1);
+  }
+  store_tile<Acc, kRows, kVectors>(sums, out);
+}
+
+template <class Acc, int kRows, int kVectors>
+void row_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out) {
+  Vec<Acc> sums[kRows][kVectors] = {};
+  for (; depth > 0; --depth) {
+    opaque(a);
+    opaque(b);
+    multiply_add<Acc>(sums, b, [&](int i) __attribute__((always_inline)) { return a[i]; });
+    a += a_step;
+    b += kTileColumns<Acc>;
+  }
+  store_tile<Acc, kRows, kVectors>(sums, out);
+}
+
+template <class Acc>
+struct TileTable {
+  Tile<Acc> tiles[2][2][kTileRows + 1];  // [operand][vectors - 1][rows]
+
+  template <int kRows>
+  constexpr void fill() {
+    tiles[0][0][kRows] = depth_contiguous<Acc, kRows, 1>;
+    tiles[0][1][kRows] = depth_contiguous<Acc, kRows, 2>;
+    tiles[1][0][kRows] = row_contiguous<Acc, kRows, 1>;
+    tiles[1][1][kRows] = row_contiguous<Acc, kRows, 2>;
+    if constexpr (kRows > 1) fill<kRows - 1>();
+  }
+  constexpr TileTable() : tiles() { fill<kTileRows>(); }
+};
+
+template <class Acc>
+constexpr TileTable<Acc> kTable;
+
+}  // namespace
+
+template <class Acc>
+Tile<Acc> find_tile(TileOperand operand, int64_t rows, int64_t columns) {
+  return kTable<Acc>.tiles[static_cast<int>(operand)][columns > kLanes<Acc>][rows];
+}
+
+template Tile<float> find_tile<float>(TileOperand, int64_t, int64_t);
+template Tile<double> find_tile<double>(TileOperand, int64_t, int64_t);
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -1,0 +1,39 @@
+// The register tile that every dense convolution here is made of: C[rows][columns] += A[rows][depth] * B[depth][columns].
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+
+// 32 registers hold 14 * 2 sums, 2 of B and a broadcast; 16 registers hold 6 * 2.
+#if defined(CUDA_CNN_ISA_AVX512) || defined(__aarch64__)
+constexpr int kTileRows = 14;
+#else
+constexpr int kTileRows = 6;
+#endif
+constexpr int kTileVectors = 2;
+template <class Acc>
+constexpr int kTileColumns = kTileVectors * kLanes<Acc>;
+
+// B is a panel [depth][kTileColumns], whole or with its first vector alone in use.
+// Of A, either the depth or the rows are contiguous; the other index has step a_step.
+enum class TileOperand { kDepthContiguous, kRowContiguous };
+
+// C = [C +] A * B [+ bias], then max(C, 0) if relu.
+template <class Acc>
+struct TileOutput {
+  Acc* c;
+  int64_t step;     // between rows of C
+  const Acc* bias;  // a panel's columns, or null
+  bool accumulate;
+  bool relu;
+};
+
+template <class Acc>
+using Tile = void (*)(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out);
+
+// The tile of 1 <= rows <= kTileRows and as many vectors as `columns` needs.
+template <class Acc>
+Tile<Acc> find_tile(TileOperand operand, int64_t rows, int64_t columns);
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -1,0 +1,250 @@
+#include "kernels/conv2d.h"
+
+#include "ops/dispatch.h"
+#include "ops/layout.h"
+
+namespace cuda_cnn::ops {
+namespace {
+
+constexpr const char* kOp = "conv2d";
+
+struct Geometry {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+};
+
+std::atomic<int>& forced_algorithm() {
+  static std::atomic<int> algorithm{static_cast<int>(Conv2dAlgorithm::kAuto)};
+  return algorithm;
+}
+std::atomic<bool>& winograd_allowed() {
+  static std::atomic<bool> allowed{true};
+  return allowed;
+}
+
+void check_geometry(const Geometry& g) {
+  for (int axis = 0; axis < 2; ++axis) {
+    TORCH_CHECK(g.stride[axis] > 0, kOp, ": expected stride > 0, got ", g.stride);
+    TORCH_CHECK(g.padding[axis] >= 0, kOp, ": expected padding >= 0, got ", g.padding);
+    TORCH_CHECK(g.dilation[axis] > 0, kOp, ": expected dilation > 0, got ", g.dilation);
+    // Far beyond any image, and small enough that no index below can overflow.
+    TORCH_CHECK(std::max({g.stride[axis], g.padding[axis], g.dilation[axis]}) < (int64_t{1} << 31), kOp,
+                ": expected stride, padding and dilation below 2^31, got ", g.stride, ", ", g.padding, ", ", g.dilation);
+  }
+  TORCH_CHECK(g.groups > 0, kOp, ": expected groups > 0, got ", g.groups);
+}
+
+void check_shapes(at::IntArrayRef x, at::IntArrayRef weight, const Geometry& g) {
+  TORCH_CHECK(weight[2] > 0 && weight[3] > 0, kOp, ": expected a kernel of at least 1 x 1, got weight of shape ", weight);
+  TORCH_CHECK(weight[2] < (int64_t{1} << 31) && weight[3] < (int64_t{1} << 31), kOp,
+              ": expected a kernel below 2^31, got weight of shape ", weight);
+  TORCH_CHECK(weight[0] >= g.groups && weight[0] % g.groups == 0, kOp, ": expected output channels in ", g.groups,
+              " groups of equal size, got weight of shape ", weight);
+  TORCH_CHECK(x[1] == weight[1] * g.groups, kOp, ": expected input of ", weight[1] * g.groups,
+              " channels (weight of shape ", weight, ", ", g.groups, " groups), got ", x[1], " (shape ", x, ")");
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t room = x[2 + axis] + 2 * g.padding[axis], reach = g.dilation[axis] * (weight[2 + axis] - 1) + 1;
+    TORCH_CHECK(room >= reach, kOp, ": expected a kernel no larger than the padded input, got ", reach, " against ", room,
+                " (input of shape ", x, ", weight of shape ", weight, ")");
+  }
+}
+
+// The sizes of a convolution and where its tensors lie, but for the pointers.
+Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayRef weight, const Geometry& g) {
+  Conv2dParams p{};
+  p.dtype = dtype_of(any);
+  p.N = x[0], p.C = x[1], p.H = x[2], p.W = x[3];
+  p.K = weight[0], p.R = weight[2], p.S = weight[3];
+  p.stride_h = g.stride[0], p.stride_w = g.stride[1];
+  p.pad_h = g.padding[0], p.pad_w = g.padding[1];
+  p.dilation_h = g.dilation[0], p.dilation_w = g.dilation[1];
+  p.groups = g.groups;
+  p.P = conv2d_output_extent(p.H, 2 * p.pad_h, p.R, p.stride_h, p.dilation_h);
+  p.Q = conv2d_output_extent(p.W, 2 * p.pad_w, p.S, p.stride_w, p.dilation_w);
+  p.x_pixel = p.C;
+  p.y_pixel = p.K;
+  p.algorithm = static_cast<Conv2dAlgorithm>(forced_algorithm().load());
+  p.allow_winograd = winograd_allowed().load();
+  p.allow_tf32 = any.is_cuda() && at::globalContext().allowTF32CuDNN();
+  return p;
+}
+
+// The tensor as the kernels want it: channels contiguous. A slice of channels stays where it is.
+at::Tensor to_nhwc(const at::Tensor& t, int64_t* pixel) {
+  *pixel = t.size(1);
+  const auto s = t.strides();
+  if (t.numel() > 0 && s[1] == 1 && s[3] >= t.size(1) && s[2] == t.size(3) * s[3] && s[0] == t.size(2) * s[2]) {
+    *pixel = s[3];
+    return t;
+  }
+  return t.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// What a kernel writes: a channels_last tensor.
+at::Tensor empty_nhwc(at::IntArrayRef size, const at::TensorOptions& options) {
+  return at::empty(size, options.memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+at::Tensor in_format(const at::Tensor& nhwc, bool channels_last) { return channels_last ? nhwc : nhwc.contiguous(); }
+
+#if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
+at::Tensor attach_workspace(Conv2dDirection direction, Conv2dParams& p, const at::Tensor& any) {
+  const int64_t bytes = cuda::conv2d_workspace_bytes(direction, p);
+  at::Tensor workspace = at::empty({bytes}, any.options().dtype(at::kByte));
+  p.workspace = workspace.mutable_data_ptr();
+  return workspace;
+}
+#else
+at::Tensor attach_workspace(Conv2dDirection, Conv2dParams&, const at::Tensor&) { return {}; }
+#endif
+
+at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const Geometry geometry{stride, padding, dilation, groups};
+  check_tensor(kOp, "input", x);
+  check_dim(kOp, "input", x, 4);
+  check_like(kOp, "weight", weight, x);
+  check_dim(kOp, "weight", weight, 4);
+  check_geometry(geometry);
+  check_shapes(x.sizes(), weight.sizes(), geometry);
+  if (bias) {
+    check_like(kOp, "bias", *bias, x);
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp, ": expected bias of shape [", weight.size(0),
+                "], got ", bias->sizes());
+  }
+  Conv2dParams p = make_params(x, x.sizes(), weight.sizes(), geometry);
+  const bool channels_last = is_channels_last(format_of(x)) || is_channels_last(format_of(weight));
+  at::Tensor y = empty_nhwc({p.N, p.K, p.P, p.Q}, x.options());
+  if (y.numel() == 0) return in_format(y, channels_last);
+  const at::Tensor input = to_nhwc(x, &p.x_pixel), filter = weight.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor shift = bias ? bias->contiguous() : at::Tensor();
+  p.x = data(input);
+  p.weight = data(filter);
+  p.bias = bias ? data(shift) : nullptr;
+  p.y = mutable_data(y);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kForward, p, x);
+  CUDA_CNN_LAUNCH(kOp, x, conv2d_forward, p);
+  return in_format(y, channels_last);
+}
+
+void check_grad(const at::Tensor& dy, const at::Tensor& other, const char* name, at::IntArrayRef x,
+                at::IntArrayRef weight, const Geometry& geometry) {
+  check_tensor(kOp, "grad_output", dy);
+  check_dim(kOp, "grad_output", dy, 4);
+  check_like(kOp, name, other, dy);
+  check_dim(kOp, name, other, 4);
+  TORCH_CHECK(x.size() == 4 && weight.size() == 4, kOp, ": expected sizes of 4 dimensions, got ", x, " and ", weight);
+  check_geometry(geometry);
+  check_shapes(x, weight, geometry);
+  const Conv2dParams p = make_params(dy, x, weight, geometry);
+  const at::IntArrayRef shape = dy.sizes();
+  TORCH_CHECK(shape[0] == p.N && shape[1] == p.K && shape[2] == p.P && shape[3] == p.Q, kOp,
+              ": expected grad_output of shape [", p.N, ", ", p.K, ", ", p.P, ", ", p.Q, "], got ", shape);
+}
+
+at::Tensor conv2d_input_grad(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef input_size,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                             bool channels_last) {
+  const Geometry geometry{stride, padding, dilation, groups};
+  check_grad(dy, weight, "weight", input_size, weight.sizes(), geometry);
+  Conv2dParams p = make_params(dy, input_size, weight.sizes(), geometry);
+  at::Tensor dx = empty_nhwc(input_size, dy.options());
+  if (dx.numel() == 0) return in_format(dx, channels_last);
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), filter = weight.contiguous(at::MemoryFormat::ChannelsLast);
+  p.dy = data(grad);
+  p.weight = data(filter);
+  p.dx = mutable_data(dx);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kInputGrad, p, dy);
+  CUDA_CNN_LAUNCH(kOp, dy, conv2d_input_grad, p);
+  return in_format(dx, channels_last);
+}
+
+at::Tensor conv2d_weight_grad(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef weight_size,
+                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                              bool channels_last) {
+  const Geometry geometry{stride, padding, dilation, groups};
+  check_grad(dy, x, "input", x.sizes(), weight_size, geometry);
+  Conv2dParams p = make_params(dy, x.sizes(), weight_size, geometry);
+  at::Tensor dweight = empty_nhwc(weight_size, dy.options());
+  if (dweight.numel() == 0) return in_format(dweight, channels_last);
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), input = to_nhwc(x, &p.x_pixel);
+  p.dy = data(grad);
+  p.x = data(input);
+  p.dweight = mutable_data(dweight);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
+  CUDA_CNN_LAUNCH(kOp, dy, conv2d_weight_grad, p);
+  return in_format(dweight, channels_last);
+}
+
+// The sum of dy over its pixels.
+at::Tensor conv2d_bias_grad(const at::Tensor& dy) {
+  check_tensor(kOp, "grad_output", dy);
+  check_dim(kOp, "grad_output", dy, 4);
+  at::Tensor dbias = at::empty({dy.size(1)}, dy.options());
+  if (dbias.numel() == 0) return dbias;
+  const int64_t one[] = {1, 1}, none[] = {0, 0};
+  Conv2dParams p = make_params(dy, dy.sizes(), {dy.size(1), dy.size(1), 1, 1}, {one, none, one, 1});
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel);
+  p.dy = data(grad);
+  p.dbias = mutable_data(dbias);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
+  CUDA_CNN_LAUNCH(kOp, dy, conv2d_weight_grad, p);
+  return dbias;
+}
+
+// "forward", "input_grad" or "weight_grad" of these sizes: the name of the algorithm that a CPU would take.
+std::string conv2d_algorithm(c10::string_view direction, at::IntArrayRef input_size, at::IntArrayRef weight_size,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                             at::ScalarType dtype) {
+  const Geometry geometry{stride, padding, dilation, groups};
+  TORCH_CHECK(input_size.size() == 4 && weight_size.size() == 4, kOp, ": expected sizes of 4 dimensions, got ",
+              input_size, " and ", weight_size);
+  check_geometry(geometry);
+  check_shapes(input_size, weight_size, geometry);
+  const Conv2dParams p = make_params(at::empty({0}, dtype), input_size, weight_size, geometry);
+  const Conv2dDirection which = direction == "forward"      ? Conv2dDirection::kForward
+                                : direction == "input_grad" ? Conv2dDirection::kInputGrad
+                                                            : Conv2dDirection::kWeightGrad;
+  return cpu::conv2d_algorithm_name(cpu::conv2d_choose(which, p));
+}
+
+// Settings of this process, for cuda_cnn.backends. An unknown name is refused with false.
+bool conv2d_set_algorithm(c10::string_view name) {
+  for (int i = 0; i <= static_cast<int>(Conv2dAlgorithm::kReference); ++i) {
+    if (name == cpu::conv2d_algorithm_name(static_cast<Conv2dAlgorithm>(i))) {
+      forced_algorithm() = i;
+      return true;
+    }
+  }
+  return false;
+}
+
+void conv2d_allow_winograd(bool allowed) { winograd_allowed() = allowed; }
+
+}  // namespace
+
+#define CUDA_CNN_GEOMETRY "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
+TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
+  define(library, "conv2d(Tensor x, Tensor weight, Tensor? bias, " CUDA_CNN_GEOMETRY ") -> Tensor", &conv2d);
+  define(library,
+         "conv2d_input_grad(Tensor dy, Tensor weight, SymInt[] input_size, " CUDA_CNN_GEOMETRY
+         ", bool channels_last) -> Tensor",
+         &conv2d_input_grad);
+  define(library,
+         "conv2d_weight_grad(Tensor dy, Tensor x, SymInt[] weight_size, " CUDA_CNN_GEOMETRY
+         ", bool channels_last) -> Tensor",
+         &conv2d_weight_grad);
+  define(library, "conv2d_bias_grad(Tensor dy) -> Tensor", &conv2d_bias_grad);
+#if !defined(CUDA_CNN_EMULATED)
+  library.def("conv2d_algorithm(str direction, int[] input_size, int[] weight_size, int[2] stride, int[2] padding, "
+              "int[2] dilation, int groups, ScalarType dtype) -> str",
+              &conv2d_algorithm);
+  library.def("conv2d_set_algorithm(str name) -> bool", &conv2d_set_algorithm);
+  library.def("conv2d_allow_winograd(bool allowed) -> ()", &conv2d_allow_winograd);
+#endif
+}
+
+#undef CUDA_CNN_GEOMETRY
+
+}  // namespace cuda_cnn::ops
