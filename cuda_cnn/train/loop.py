@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..models import create_model
 from ..models.registry import builder_parameters
 from . import augmentation
-from .checkpoint import CheckpointError, save_checkpoint
+from .checkpoint import CheckpointError, save_checkpoint, write_atomic
 from .data import Data, ImageSet
 from .diagnose import NonFiniteError, first_non_finite
 from .optimisation import make_loss, make_optimizer, schedule_factor
@@ -29,6 +29,8 @@ from .progress import Progress
 from .recipes import Recipe
 
 __all__ = ["Evaluation", "Interrupted", "Trainer", "evaluate", "scores"]
+
+LOG_FILE = "log.csv"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -202,6 +204,9 @@ class Trainer:
     def _save(self, folder: str | Path | None) -> None:
         if folder is not None:
             save_checkpoint(folder, self.state())
+            rows = [self.history[0].keys(), *(row.values() for row in self.history)] if self.history else []
+            table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+            write_atomic(Path(folder) / LOG_FILE, lambda file: file.write(table.encode()))
 
     def _generator(self, stream: int) -> torch.Generator:
         """Stream 0 of an epoch orders the pictures, stream s+1 changes those of step s."""
