@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../kernels/host_device.h"
+#include "kernels/host_device.h"
 
 namespace cuda_cnn::cuda {
 

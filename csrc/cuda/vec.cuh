@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../kernels/host_device.h"
-#include "ptx.cuh"
+#include "cuda/ptx.cuh"
+#include "kernels/host_device.h"
 
 namespace cuda_cnn::cuda {
 
