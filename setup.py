@@ -124,6 +124,7 @@ def build_command(info: dict, variant: str) -> type:
             super().run()
             package = CSRC.parent / "cuda_cnn" if self.inplace else Path(self.build_lib) / "cuda_cnn"
             suffix = Path(sysconfig.get_config_var("EXT_SUFFIX")).stem
+            info["version"] = self.distribution.get_version()
             (package / f"_build_info{suffix}.json").write_text(json.dumps(info, indent=2) + "\n")
 
     return Build

@@ -1,9 +1,12 @@
 """Hand-written kernels for the classic convolutional networks, as PyTorch operators."""
 
-import torch as _torch  # noqa: F401  (the extension links against torch: it must be loaded first)
+from cuda_cnn import _extension  # noqa: F401  (first: it checks the build, loads it, registers the operators)
 
-from cuda_cnn import _C  # noqa: F401
+# isort: split
 from cuda_cnn import functional, nn
+from cuda_cnn._build_info import build_info as _build_info
 from cuda_cnn.models import create_model, list_models
+
+__version__: str = _build_info()["version"]
 
 __all__ = ["create_model", "functional", "list_models", "nn"]

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "kernels/host_device.h"
+#include "ops/build_note.h"
 #include "ops/checks.h"
 
 #if defined(CUDA_CNN_WITH_CUDA)
@@ -73,7 +74,8 @@ void define(torch::Library& library, const std::string& schema, Fn* fn) {
 #else
 #define CUDA_CNN_LAUNCH(op, tensor, kernel, params)                                                     \
   do {                                                                                                  \
-    TORCH_CHECK(!(tensor).is_cuda(), "cuda_cnn::", op, " was built without CUDA. See: python -m cuda_cnn env"); \
+    TORCH_CHECK(!(tensor).is_cuda(), "cuda_cnn::", op, " was built without CUDA (",      \
+                ::cuda_cnn::build_note(), "). See: python -m cuda_cnn env");                            \
     ::cuda_cnn::cpu::kernel(params);                                                                    \
   } while (false)
 #endif
