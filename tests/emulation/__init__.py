@@ -46,7 +46,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Counter:
-    """What the requests of warps at one line cost: bank passes of shared memory, or sectors of global memory."""
+    """What the requests of warps at one line cost: passes over shared memory's banks, or global sectors."""
 
     traffic: str  # "shared load", "shared store", "ldmatrix", "cp.async store", "global load", …
     site: str  # "conv2d.cu:120"
@@ -127,15 +127,16 @@ class Engine:
                 self.library.emulation_unregister(ctypes.c_void_p(pointer))
 
 
-# ---- The operators over emulated kernels -----------------------------------------------------------------------
+# ---- The operators over emulated kernels -------------------------------------------------------------------
 
 
 @functools.cache
 def torch_engine() -> Engine:
-    """The engine of the library that registers torch.ops.cuda_cnn_emulated. Unavailable says why there is none."""
+    """The engine of torch.ops.cuda_cnn_emulated: the operators that have CUDA kernels, over those kernels."""
     kernels = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
-    bindings = sorted((ROOT / "csrc/ops").rglob("*.cpp")) + [Path(__file__).with_name("allocator.cpp")]
-    path = build("operators", kernels, bindings)
+    names = {path.relative_to(ROOT / "csrc/cuda").parts[0].removesuffix(".cu") for path in kernels}
+    bindings = [path for path in sorted((ROOT / "csrc/ops").rglob("*.cpp")) if path.stem in names]
+    path = build("operators", kernels, [*bindings, Path(__file__).with_name("allocator.cpp")])
     torch.ops.load_library(str(path))
     return Engine(path)
 

@@ -17,9 +17,9 @@ INCLUDES = [HERE / "include", ROOT / "csrc"]
 COMMON = "-g1 -fPIC -fno-gnu-unique -fno-math-errno -Wall -Wno-unknown-pragmas -DCUDA_CNN_EMULATED"
 FLAGS = {
     "engine": "-O2 -fvisibility=hidden",
-    # The instrumentation shows every load and store to engine/memory.cpp; aggregates stay whole, so that a 16-byte
-    # access is seen as one; locals start as garbage.
-    "kernel": "-O1 -fsanitize=thread -fno-tree-sra -ftrivial-auto-var-init=pattern -fvisibility=hidden -x c++",
+    # The instrumentation shows every load and store to engine/memory.cpp. Aggregates stay whole, so that a
+    # 16-byte access is seen as one; locals start as garbage.
+    "kernel": "-x c++ -O1 -fvisibility=hidden -fsanitize=thread -fno-tree-sra -ftrivial-auto-var-init=pattern",
     "torch": "-O1",
 }
 RULES = """
@@ -32,7 +32,7 @@ rule link
 """
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818
     """Why kernels cannot be compiled for the emulator here."""
 
 
@@ -56,7 +56,7 @@ def ninja() -> str:
     return found
 
 
-def build(name: str, kernels: list[Path], torch_sources: list[Path] = ()) -> Path:
+def build(name: str, kernels: list[Path], torch_sources: list[Path] = (), flags: str = "") -> Path:
     """The shared library <name>.so of the engine, the kernels, and the sources that see tensors."""
     ninja()
     folder = OUTPUT / name
@@ -66,7 +66,7 @@ def build(name: str, kernels: list[Path], torch_sources: list[Path] = ()) -> Pat
     library = folder / f"{name}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text(_ninja_file(library, sources))
+        (folder / "build.ninja").write_text(_ninja_file(library, sources, flags))
         jobs = os.environ.get("MAX_JOBS", "2")
         result = subprocess.run([ninja(), "-C", folder, "-j", jobs], capture_output=True, text=True)
     if result.returncode:
@@ -74,16 +74,16 @@ def build(name: str, kernels: list[Path], torch_sources: list[Path] = ()) -> Pat
     return library
 
 
-def _ninja_file(library: Path, sources: list[tuple[Path, str]]) -> str:
+def _ninja_file(library: Path, sources: list[tuple[Path, str]], flags: str) -> str:
     with_torch = any(kind == "torch" for _, kind in sources)
     text = RULES.format(
-        compiler=compiler(), common=" ".join([_cpu_flags(), COMMON, *(f"-I{p}" for p in INCLUDES)])
+        compiler=compiler(), common=" ".join([_cpu_flags(), COMMON, flags, *(f"-I{p}" for p in INCLUDES)])
     )
     objects = []
     for path, kind in sources:
         objects.append(f"{kind}_{path.stem}_{len(objects)}.o")
-        flags = FLAGS[kind] + (" " + _torch_flags() if kind == "torch" else "")
-        text += f"build {objects[-1]}: compile {path}\n  flags = {flags}\n"
+        own = FLAGS[kind] + (" " + _torch_flags() if kind == "torch" else "")
+        text += f"build {objects[-1]}: compile {path}\n  flags = {own}\n"
     text += f"build {library.name}: link {' '.join(objects)}\n"
     return text + f"  flags = {_torch_link_flags() if with_torch else ''}\n"
 

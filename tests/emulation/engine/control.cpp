@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <mutex>
 #include <set>
 
 #include "block.h"
@@ -17,6 +18,7 @@ constexpr size_t kTooMany = 1000;  // a block that reports more is given up
 std::string report_text;
 size_t reports = 0;
 std::set<std::string> reported;             // one line a site and kind
+std::mutex registered_lock;
 std::map<uintptr_t, uintptr_t> registered;  // begin → end
 
 }  // namespace
@@ -70,6 +72,7 @@ const char* last_report() { return report_text.c_str(); }
 
 bool in_registered_range(const void* pointer, size_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(pointer);
+  const std::lock_guard<std::mutex> lock(registered_lock);
   auto after = registered.upper_bound(begin);
   if (after == registered.begin()) return false;
   --after;
@@ -107,9 +110,13 @@ bool emulation_set(const char* name, unsigned value) {
 const char* emulation_report() { return last_report(); }
 
 void emulation_register(const void* pointer, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(registered_lock);
   registered[reinterpret_cast<uintptr_t>(pointer)] = reinterpret_cast<uintptr_t>(pointer) + bytes;
 }
 
-void emulation_unregister(const void* pointer) { registered.erase(reinterpret_cast<uintptr_t>(pointer)); }
+void emulation_unregister(const void* pointer) {
+  const std::lock_guard<std::mutex> lock(registered_lock);
+  registered.erase(reinterpret_cast<uintptr_t>(pointer));
+}
 }
 #pragma GCC visibility pop

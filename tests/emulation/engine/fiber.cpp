@@ -4,7 +4,7 @@
 
 namespace cuda_cnn::emulation {
 
-#if defined(__x86_64__)
+#if defined(CUDA_CNN_SWITCH_BY_HAND)
 
 // Pushes what the System V ABI lets a callee keep, exchanges the stacks, and returns on the other one.
 extern "C" void cuda_cnn_switch_stack(void** save, void* load);

@@ -3,14 +3,16 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_CNN_UCONTEXT)
+#define CUDA_CNN_SWITCH_BY_HAND
+#else
 #include <ucontext.h>
 #endif
 
 namespace cuda_cnn::emulation {
 
 struct FiberContext {
-#if defined(__x86_64__)
+#if defined(CUDA_CNN_SWITCH_BY_HAND)
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;

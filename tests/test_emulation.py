@@ -1,0 +1,272 @@
+"""Tests of the emulator: kernels with planted mistakes, each to be caught, and correct ones, not to be blamed."""
+
+import ctypes
+import itertools
+import re
+
+import pytest
+import torch
+from emulation import LANDINGS, SCHEDULES, Engine, Unavailable
+from emulation.build import HERE, build
+
+# In the order of enum class Bug in emulation/kernels/planted.cu.
+BUGS = [
+    *("none", "missing barrier", "missing wait", "early prefetch", "wrong swizzle", "no swizzle"),
+    *("loader off by one", "shared out of bounds", "unwritten rows", "divergent barrier", "incomplete warp"),
+    *("misaligned copy", "unrounded", "plain global out of bounds", "plain shared out of bounds"),
+    *("shuffle as fence", "early exit", "atomics", "warp barrier for block"),
+]
+CHECKED = {"races": True, "bounds": True}
+EVERY_ORDER = [
+    {"schedule": schedule, "landing": landing, "seed": seed}
+    for schedule, landing in itertools.product(SCHEDULES, LANDINGS)
+    for seed in ([1, 2, 3] if schedule in ("random", "priorities") else [1])
+]
+
+
+class Kernels:
+    """The functions of planted.cu, each with its result and the emulator's report: empty if all is well."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def gemm(
+        self, bug: str = "none", m: int = 100, n: int = 72, depth: int = 136
+    ) -> tuple[torch.Tensor, str]:
+        a, b = matrices(m, n, depth)
+        d = torch.full((m, n), float("nan"))
+        return d, self._run("run_gemm", BUGS.index(bug), a, b, d, m, n, depth)
+
+    def row_sums(self, bug: str = "none", rows: int = 4, columns: int = 200) -> tuple[torch.Tensor, str]:
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+        sums = torch.zeros(rows)
+        return sums, self._run("run_row_sums", BUGS.index(bug), x, sums, rows, columns)
+
+    def tf32_product(self, a: torch.Tensor, b: torch.Tensor, bug: str = "none") -> tuple[torch.Tensor, str]:
+        d = torch.full((16, 8), float("nan"))
+        return d, self._run("run_tf32_product", BUGS.index(bug), a, b, d)
+
+    def wrappers(self, rows: torch.Tensor) -> tuple[torch.Tensor, str]:
+        fragments = torch.zeros(32, 14, dtype=torch.int32)
+        return fragments, self._run("run_wrappers", rows, fragments)
+
+    def _run(self, name: str, *arguments: int | torch.Tensor) -> str:
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        function = getattr(self.engine.library, name)
+        function.restype = ctypes.c_bool
+        with self.engine.registered(tensors):
+            succeeded = function(
+                *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments)
+            )
+        assert succeeded == (not self.engine.report)
+        return self.engine.report
+
+
+def matrices(m: int, n: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randint(-8, 9, (rows, depth), generator=generator).bfloat16() for rows in (m, n))
+
+
+def product(m: int = 100, n: int = 72, depth: int = 136) -> torch.Tensor:
+    a, b = matrices(m, n, depth)
+    return a.float() @ b.float().T  # whole numbers below 2²⁴: exact in any order
+
+
+def compiled(name: str, **options: str) -> Kernels:
+    try:
+        return Kernels(Engine(build(name, [HERE / "kernels/planted.cu"], **options)))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return compiled("planted")
+
+
+# ---- Correct kernels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checks", [{}, CHECKED], ids=["unchecked", "checked"])
+def test_correct_kernels_in_every_order(kernels, checks):
+    for order in EVERY_ORDER:
+        with kernels.engine.options(**order, **checks):
+            d, report = kernels.gemm()
+            assert report == "", order
+            assert torch.equal(d, product()), order
+            for columns in (1, 50, 200):
+                _, report = kernels.row_sums(columns=columns)
+                assert report == "", order
+
+
+def test_results_do_not_depend_on_the_order(kernels):
+    results = []
+    for order in EVERY_ORDER:
+        with kernels.engine.options(**order):
+            results.append(kernels.row_sums()[0])
+    assert all(torch.equal(result, results[0]) for result in results)
+    exact = torch.randn(4, 200, generator=torch.Generator().manual_seed(0)).double().sum(1)
+    assert (results[0] - exact).abs().max() < 1e-5
+
+
+def test_portable_switch_between_fibers():
+    kernels = compiled("planted_ucontext", flags="-DCUDA_CNN_UCONTEXT")
+    with kernels.engine.options(**CHECKED):
+        d, report = kernels.gemm()
+    assert report == ""
+    assert torch.equal(d, product())
+
+
+# ---- Mistakes that the checks report -----------------------------------------------------------------------
+
+REPORTED = [
+    ("gemm", "missing barrier", r"race: shared read|uninitialised shared read"),
+    ("gemm", "missing wait", r"shared read of \+\d+, where a copy started by thread \d+ is still in flight"),
+    ("gemm", "early prefetch", r"race: shared write .* not ordered after the read|still in flight"),
+    ("gemm", "loader off by one", r"cp.async: global read of 16 bytes at .* outside every tensor"),
+    ("gemm", "shared out of bounds", r"shared access of 16 bytes at \+\d+, outside the 24576 bytes"),
+    ("gemm", "unwritten rows", r"uninitialised shared read"),
+    ("gemm", "divergent barrier", r"divergent barrier|race: shared"),
+    ("gemm", "incomplete warp", r"other lanes of the warp wait|divergent warp"),
+    ("gemm", "misaligned copy", r"cp.async: a copy of 16 bytes .* is misaligned"),
+    ("gemm", "warp barrier for block", r"race: shared|uninitialised shared read"),
+    ("row_sums", "missing barrier", r"uninitialised shared read|race: shared"),
+    ("row_sums", "plain global out of bounds", r"global read of 4 bytes at .* outside every tensor"),
+    ("row_sums", "plain shared out of bounds", r"shared read of 4 bytes at \+384, outside the 384 bytes"),
+    ("row_sums", "shuffle as fence", r"uninitialised shared read|race: shared"),
+]
+
+
+@pytest.mark.parametrize(
+    "kernel,bug,expected", REPORTED, ids=[f"{kernel}-{bug}" for kernel, bug, _ in REPORTED]
+)
+def test_mistake_is_reported_in_every_order(kernels, kernel, bug, expected):
+    for order in EVERY_ORDER:
+        with kernels.engine.options(**CHECKED, **order):
+            _, report = getattr(kernels, kernel)(bug)
+        assert re.search(rf"^planted\.cu:\d+: .*({expected})", report, re.MULTILINE), (order, report)
+
+
+def test_exit_before_a_barrier_is_reported(kernels):
+    _, report = kernels.row_sums("early exit", columns=50)
+    assert "divergent barrier" in report
+    assert kernels.row_sums("early exit", columns=200)[1] == ""  # where no thread leaves early
+
+
+def test_divergent_barrier_is_reported_without_checks(kernels):
+    assert "divergent barrier" in kernels.gemm("divergent barrier")[1]
+
+
+def test_unrounded_tf32_is_reported(kernels):
+    a, b = torch.full((16, 8), 1 + 2**-20), torch.ones(8, 8)
+    assert kernels.tf32_product(a, b)[1] == ""
+    assert "not rounded" in kernels.tf32_product(a, b, "unrounded")[1]
+
+
+# ---- Mistakes that the results show, without any check -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        "missing barrier",
+        "missing wait",
+        "early prefetch",
+        "wrong swizzle",
+        "unwritten rows",
+        "warp barrier for block",
+    ],
+)
+def test_mistake_spoils_the_result(kernels, bug):
+    with kernels.engine.options(schedule="priorities"):
+        d, _ = kernels.gemm(bug)
+    assert not torch.equal(d, product())
+
+
+def test_missing_wait_is_right_by_luck(kernels):
+    """… when copies land early, as they mostly do on a device: the check reports it all the same."""
+    with kernels.engine.options(landing="early"):
+        assert torch.equal(kernels.gemm("missing wait")[0], product())
+    with kernels.engine.options(landing="early", **CHECKED):
+        assert "still in flight" in kernels.gemm("missing wait")[1]
+
+
+def test_atomics_differ_with_the_order(kernels):
+    results = set()
+    for order in EVERY_ORDER:
+        with kernels.engine.options(**order):
+            results.add(tuple(kernels.row_sums("atomics")[0].tolist()))
+    assert len(results) > 1
+
+
+# ---- Counters ----------------------------------------------------------------------------------------------
+
+
+def total(kernels: Kernels, bug: str, traffic: str) -> tuple[int, int]:
+    kernels.engine.reset_counters()
+    with kernels.engine.options(counters=True):
+        kernels.gemm(bug, m=128, n=64, depth=128)
+    chosen = [counter for counter in kernels.engine.counters if counter.traffic == traffic]
+    assert chosen and all(counter.site.startswith("planted.cu:") for counter in chosen)
+    return sum(counter.cost for counter in chosen), sum(counter.ideal for counter in chosen)
+
+
+def test_bank_conflicts(kernels):
+    cost, ideal = total(kernels, "none", "ldmatrix")
+    # 2 blocks, 4 warps, 4 steps of two halves, in each one b and four a fragments of 4 matrices
+    assert cost == ideal == 2 * 4 * 4 * 2 * 5 * 4
+    # Without the swizzle the eight rows of a matrix lie in two groups of banks.
+    assert total(kernels, "no swizzle", "ldmatrix") == (4 * ideal, ideal)
+
+
+def test_sectors(kernels):
+    loaded = 2 * 4 * (64 + 64) * 64  # bytes: blocks, steps, rows of both tiles, bytes of a row
+    assert total(kernels, "none", "cp.async load") == (loaded // 32, loaded // 32)
+    # A fragment's two neighbours are stored one after the other: half of every sector is wasted each time.
+    cost, ideal = total(kernels, "none", "global store")
+    assert cost == 2 * ideal
+
+
+# ---- Wrappers ----------------------------------------------------------------------------------------------
+
+
+def test_load_matrix_and_narrow_copies(kernels):
+    rows = torch.arange(32 * 8, dtype=torch.int16).reshape(32, 8)
+    fragments, report = kernels.wrappers(rows)
+    assert report == ""
+    rows = rows.clone()
+    rows[5, 7] = 0  # only 2 of the last 4 bytes of row 5 are copied
+    matrices = rows.reshape(4, 8, 8)
+
+    def fragment(matrix: torch.Tensor) -> torch.Tensor:  # lane 4 g + t holds elements 2t, 2t+1 of row g
+        return matrix.contiguous().view(torch.int32).reshape(32)
+
+    plain, transposed = [fragment(m) for m in matrices], [fragment(m.T) for m in matrices]
+    expected = plain + transposed + plain[:2] + transposed[:2] + plain[:1] + transposed[:1]
+    assert torch.equal(fragments, torch.stack(expected, dim=1))
+
+
+def test_tf32_product(kernels):
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(16, 8, generator=generator), torch.randn(8, 8, generator=generator)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:  # to 10 bits, ties away from zero
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    d, report = kernels.tf32_product(a, b)
+    assert report == ""
+    torch.testing.assert_close(d.double(), rounded(a).double() @ rounded(b).double(), rtol=1e-5, atol=1e-6)
+
+
+def test_not_a_number_and_infinity_survive_rounding(kernels):
+    a, b = torch.zeros(16, 8), torch.ones(8, 8)
+    a[0, 0] = (
+        torch.tensor(0x7F800001).to(torch.int32).view(torch.float32)
+    )  # a NaN in the bits that TF32 drops
+    a[1, 0], a[2, 0] = float("inf"), -float("inf")
+    d, report = kernels.tf32_product(a, b)
+    assert report == ""
+    assert d[0].isnan().all()
+    assert d[1].tolist() == [float("inf")] * 8
+    assert d[2].tolist() == [-float("inf")] * 8
+    assert not d[3:].any()
