@@ -1,4 +1,4 @@
-"""Tests of the emulator: kernels with planted mistakes, each to be caught, and correct ones, not to be blamed."""
+"""The emulator under test: it must catch the mistakes planted in kernels, and not blame correct ones."""
 
 import ctypes
 import itertools

@@ -1,6 +1,7 @@
 // Memory of CPU tensors while the emulated operators are loaded: starts as NaN, so that what a kernel leaves
 // unwritten shows, and is known to the emulator, so that an access outside of every tensor is caught.
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
 
 #include <cstring>
 

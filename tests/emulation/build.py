@@ -14,13 +14,14 @@ ROOT = HERE.parents[1]
 OUTPUT = ROOT / "build" / "emulated"
 
 INCLUDES = [HERE / "include", ROOT / "csrc"]
-COMMON = "-g1 -fPIC -fno-gnu-unique -fno-math-errno -Wall -Wno-unknown-pragmas -DCUDA_CNN_EMULATED"
+COMMON = "-g1 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-math-errno -Wall -Wno-unknown-pragmas"
+COMMON += " -DCUDA_CNN_EMULATED"
 FLAGS = {
-    "engine": "-O2 -fvisibility=hidden",
+    "engine": "-O2",
     # The instrumentation shows every load and store to engine/memory.cpp. Aggregates stay whole, so that a
     # 16-byte access is seen as one; locals start as garbage.
-    "kernel": "-x c++ -O1 -fvisibility=hidden -fsanitize=thread -fno-tree-sra -ftrivial-auto-var-init=pattern",
-    "torch": "-O1",
+    "kernel": "-x c++ -O1 -fsanitize=thread -fno-tree-sra -ftrivial-auto-var-init=pattern",
+    "torch": "-O1 -fvisibility=default",
 }
 RULES = """
 rule compile
@@ -68,7 +69,9 @@ def build(name: str, kernels: list[Path], torch_sources: list[Path] = (), flags:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text(_ninja_file(library, sources, flags))
         jobs = os.environ.get("MAX_JOBS", "2")
-        result = subprocess.run([ninja(), "-C", folder, "-j", jobs], capture_output=True, text=True)
+        result = subprocess.run(
+            [ninja(), "--quiet", "-C", folder, "-j", jobs], capture_output=True, text=True
+        )
     if result.returncode:
         raise RuntimeError(f"compiling {name} for the emulator failed:\n{result.stdout[-8000:]}")
     return library
