@@ -29,6 +29,9 @@ void check_axis(const PoolAxis& axis) {
   TORCH_CHECK(axis.pad <= ((axis.kernel - 1) * axis.dilation + 1) / 2, kOp,
               ": pad should be at most half of effective kernel size, but got pad=", axis.pad,
               ", kernel_size=", axis.kernel, " and dilation=", axis.dilation);
+  TORCH_CHECK(axis.pad <= axis.kernel / 2, kOp,
+              ": pad should be smaller than or equal to half of kernel size, got pad=", axis.pad,
+              " and kernel_size=", axis.kernel);
 }
 
 // Shapes and checks of the unpooled side; the pooled sizes are the caller's to fill in.
