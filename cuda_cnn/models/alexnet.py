@@ -1,5 +1,5 @@
-"""AlexNet (Krizhevsky, Sutskever & Hinton, "ImageNet classification with deep convolutional neural networks", NIPS
-2012), on one device or its two towers on two; and torchvision's variant of 2014."""
+"""AlexNet (Krizhevsky, Sutskever & Hinton, "ImageNet classification with deep convolutional neural networks",
+NIPS 2012), on one device or its two towers on two; and torchvision's variant of 2014."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import AdaptiveAvgPool2d, Dropout, Linear, Module, Parameter, ReLU
 
 from cuda_cnn import nn
 
-from .base import ConvNet, check_input
+from .base import ConvNet
 from .registry import register_model
 
 __all__ = ["AlexNet", "AlexNetTorchvision", "TwoTowerAlexNet"]
@@ -42,7 +42,8 @@ class AlexNet(_AlexNet):
     """The paper's network as one: groups of 2 are its two GPUs, LRN follows ReLU (sections 3.1 to 3.5).
 
     lrn, overlapped_pooling, dropout=0, activation ("relu" or "tanh"): for the paper's comparisons.
-    Initialisation of section 5: N(0, 0.01²); biases 1 in conv2, conv4, conv5 and the hidden fully-connected layers.
+    Initialisation of section 5: N(0, 0.01²); biases 1 in conv2, conv4, conv5 and the hidden fully-connected
+    layers.
     """
 
     input_size = (3, 227, 227)  # the paper writes 224; 227 is what gives conv1's 55×55
@@ -127,10 +128,10 @@ class AlexNetTorchvision(_AlexNet):
 class TwoTowerAlexNet(ConvNet):
     """The paper's network with a half of every layer's units on each of two devices (Figure 2).
 
-    Tower t holds the t-th half of every weight's rows. conv2, conv4 and conv5 read their own device's maps only; conv3
-    and the fully-connected layers read both; LRN reads the two maps of the other tower that its window reaches. Equal
-    to AlexNet in its outputs, dropout masks apart; `state_dict` and `load_state_dict` speak AlexNet's names and whole
-    tensors, so that checkpoints pass between the two forms.
+    Tower t holds the t-th half of every weight's rows. conv2, conv4 and conv5 read their own device's maps
+    only; conv3 and the fully-connected layers read both; LRN reads the two maps of the other tower that its
+    window reaches. Equal to AlexNet in its outputs, dropout masks apart; `state_dict` and `load_state_dict`
+    speak AlexNet's names and whole tensors, so that checkpoints pass between the two forms.
     """
 
     input_size = AlexNet.input_size
@@ -147,7 +148,7 @@ class TwoTowerAlexNet(ConvNet):
         self.register_load_state_dict_pre_hook(_split_towers)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_input(x, type(self).__name__, self.in_chans, self.min_size)
+        self.check(x)
         for halves in self._stages(x):
             last = halves
         return self._classify(last)

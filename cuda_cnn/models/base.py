@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConvNet", "check_input"]
+__all__ = ["ConvNet"]
 
 
 class ConvNet(nn.Module):
     """A trunk that comes in stages, and a classifier behind it.
 
-    A network defines `stages` (a generator of the maps after each stage, finest first), `head` (the last map to
-    logits), `classifier_layers` (the layers from the last map on, pooling apart), and the constants below.
+    A network defines `stages` (a generator of the maps after each stage, finest first), `head` (the last map
+    to logits), `classifier_layers` (the layers from the last map on, pooling apart), and the constants below.
     """
 
     input_size: tuple[int, int, int]  # channels, height and width in the paper
@@ -36,26 +36,30 @@ class ConvNet(nn.Module):
     def classifier_layers(self) -> list[nn.Module]:
         raise NotImplementedError
 
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError for an input that this network cannot take."""
+        _check_input(x, type(self).__name__, self.in_chans, self.min_size)
+
     def forward(self, x: Tensor) -> Tensor:
-        check_input(x, type(self).__name__, self.in_chans, self.min_size)
+        self.check(x)
         for maps in self.stages(x):
             x = maps
         return self.head(x)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """The maps after each stage, finest first."""
-        check_input(x, type(self).__name__, self.in_chans, self.min_size)
+        self.check(x)
         return list(self.stages(x))
 
     def forward_dense(self, x: Tensor) -> Tensor:
-        """Logits at every position of an image of any size, (N, num_classes, h, w): the fully-connected layers
-        applied as convolutions (VGG, section 3.2; OverFeat). At the paper's input size h = w = 1 and the logits
-        are forward's."""
+        """Logits at every position of an image of any size, (N, num_classes, h, w): the fully-connected
+        layers applied as convolutions (VGG, section 3.2; OverFeat). At the paper's input size h = w = 1 and
+        the logits are forward's."""
         x = self.forward_features(x)[-1]
         if min(x.shape[-2:]) < self.window:
             raise ValueError(
-                f"{type(self).__name__}: dense evaluation needs a last map of at least {self.window}×{self.window}, "
-                f"got {x.shape[-2]}×{x.shape[-1]}; give a larger image"
+                f"{type(self).__name__}: dense evaluation needs a last map of at least "
+                f"{self.window}×{self.window}, got {x.shape[-2]}×{x.shape[-1]}; give a larger image"
             )
         window = self.window
         for layer in self.classifier_layers():
@@ -68,7 +72,7 @@ class ConvNet(nn.Module):
 
 
 @torch.fx.wrap  # one node of a traced graph, not traced into
-def check_input(x: Tensor, network: str, in_chans: int, min_size: int) -> None:
+def _check_input(x: Tensor, network: str, in_chans: int, min_size: int) -> None:
     """Raises ValueError unless x is (N, in_chans, H, W) with H, W ≥ min_size."""
     shape = list(x.shape)
     if len(shape) != 4:

@@ -1,5 +1,5 @@
-"""DenseNet (Huang, Liu, van der Maaten & Weinberger, "Densely connected convolutional networks", CVPR 2017), with the
-memory-efficient training of Pleiss et al. ("Memory-efficient implementation of DenseNets", 2017)."""
+"""DenseNet (Huang, Liu, van der Maaten & Weinberger, "Densely connected convolutional networks", CVPR 2017),
+with the memory-efficient training of Pleiss et al. ("Memory-efficient implementation of DenseNets", 2017)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ __all__ = ["DenseBlock", "DenseNet"]
 class _Append(torch.autograd.Function):
     """A block's maps with the next layer's behind them.
 
-    All results of one block are views of one NHWC buffer, each longer than the one before; `new` is written behind
-    `maps`, which is there already. Autograd must take them for tensors of their own: the write leaves the earlier maps
-    as they were, yet a shared version counter would forbid their use in the backward pass. `.data` gives each its own.
+    All results of one block are views of one NHWC buffer, each longer than the one before; `new` is written
+    behind `maps`, which is there already. Autograd must take them for tensors of their own: the write leaves
+    the earlier maps as they were, yet a shared version counter would forbid their use in the backward pass.
+    `.data` gives each its own.
     """
 
     @staticmethod
@@ -42,9 +43,9 @@ class _Append(torch.autograd.Function):
 
 
 class DenseLayer(Module):
-    """BN, ReLU, 1×1 convolution of bn_size·k maps, BN, ReLU, 3×3 convolution of k maps; with bn_size 0 BN, ReLU, 3×3.
+    """BN, ReLU, 1×1 convolution of bn_size·k maps, BN, ReLU, 3×3 convolution: the layer's k new maps.
 
-    Gives its k new maps.
+    bn_size 0 leaves BN, ReLU, 3×3.
     """
 
     def __init__(
@@ -77,13 +78,12 @@ class DenseLayer(Module):
         return conv(relu(norm(x)))
 
     def _recomputed(self, norm: Module, relu: Module, conv: Module, x: Tensor) -> Tensor:
-        """The same, with the normalised maps computed again in the backward pass instead of kept; the convolution is
-        not run again. The running statistics see the batch once."""
+        """The same, with the normalised maps computed again in the backward pass instead of kept."""
         return checkpoint(
             *(self._plainly, norm, relu, conv, x),
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (contextlib.nullcontext(), _without_statistics(norm)),
+            context_fn=lambda: (contextlib.nullcontext(), _SameBatchAgain(norm)),
         )
 
 
@@ -120,7 +120,7 @@ class DenseBlock(ModuleDict):
 
 
 def _in_plain_eager(x: Tensor) -> bool:
-    """No tracing, compilation or functorch transform, which must see concatenations and plain calls instead."""
+    """False under tracing, compilation and functorch transforms: those must see concatenations."""
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()
@@ -129,14 +129,20 @@ def _in_plain_eager(x: Tensor) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _without_statistics(norm: Module) -> Iterator[None]:
-    tracked = norm.track_running_stats
-    norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        norm.track_running_stats = tracked
+class _SameBatchAgain:
+    """Context of a second pass over a batch: running statistics and batch counter stay as they are."""
+
+    def __init__(self, norm: Module):
+        self.norm = norm
+
+    def __enter__(self) -> None:
+        self.momentum = self.norm.momentum
+        self.norm.momentum = 0.0
+
+    def __exit__(self, *_exception) -> None:
+        self.norm.momentum = self.momentum
+        if self.norm.training and self.norm.track_running_stats:
+            self.norm.num_batches_tracked -= 1
 
 
 class Transition(Sequential):
@@ -153,11 +159,14 @@ class Transition(Sequential):
 class DenseNet(ConvNet):
     """Dense blocks with transitions between them, global average pool, one linear layer; torchvision's names.
 
-    blocks: layers of each block. growth_rate: the paper's k. bn_size: 1×1 convolutions give bn_size·k maps; 0 leaves
-    them out (DenseNet without B). compression: the paper's θ. init_planes: maps of the first convolution.
-    cifar_stem: 3×3 without pool, for 32×32 images. drop_rate: dropout after each layer (0.2 in section 4.2 where the
-    data is not augmented). memory_efficient: training keeps no normalised map, but computes them again in the backward
-    pass; same numbers, less memory, more time. Under `torch.compile` it has no effect: the compiler decides what to keep.
+    blocks: the number of layers of each block. growth_rate: the paper's k. init_planes: maps of the first
+        convolution. bn_size: 1×1 convolutions give bn_size·k maps; 0 leaves them out (DenseNet without B).
+    compression: the paper's θ.
+    cifar_stem: 3×3 without pool, for 32×32 images.
+    drop_rate: dropout after each layer (0.2 in section 4.2 where the data is not augmented).
+    memory_efficient: training keeps no normalised map of the blocks, but computes them again in the backward
+        pass: the same numbers, less memory, more time. Without effect under `torch.compile`, which decides
+        by itself what to keep.
     """
 
     head_names = ("classifier",)
@@ -259,8 +268,8 @@ def _register_imagenet(depth: int) -> None:
 
 
 def _cifar(num_classes: int, in_chans: int, depth: int, growth_rate: int, bn_size: int, **kwargs) -> DenseNet:
-    """Three blocks on 32×32 pixels (section 3, "Implementation details"): `depth` counts the first convolution, the
-    transitions and the linear layer too. BC starts with 2k maps, the plain form with 16."""
+    """Three blocks on 32×32 pixels (section 3, "Implementation details"): `depth` counts the first
+    convolution, the transitions and the linear layer too. BC starts with 2k maps, the plain form with 16."""
     layers, rest = divmod(depth - 4, 6 if bn_size else 3)
     if rest or layers < 1:
         form = "6n + 4 with bottlenecks" if bn_size else "3n + 4 without bottlenecks"

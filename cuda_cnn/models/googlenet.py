@@ -1,5 +1,5 @@
-"""GoogLeNet (Szegedy et al., "Going deeper with convolutions", CVPR 2015): the paper's network, and torchvision's
-variant with batch normalisation and 3×3 convolutions in the place of the 5×5 ones."""
+"""GoogLeNet (Szegedy et al., "Going deeper with convolutions", CVPR 2015): the paper's network, and
+torchvision's variant with batch normalisation and 3×3 convolutions in the place of the 5×5 ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import AdaptiveAvgPool2d, Dropout, Identity, Linear, Module, Seque
 
 from cuda_cnn import nn
 
-from .base import ConvNet, check_input
+from .base import ConvNet
 from .registry import register_model
 
 __all__ = ["AUXILIARY_WEIGHT", "GoogLeNet", "GoogLeNetOutputs", "auxiliary_loss"]
@@ -109,8 +109,8 @@ class Inception(Module):
 class AuxiliaryClassifier(Module):
     """Average pool to 4×4, 1×1 convolution of 128 maps, 1024 units, dropout 0.7, logits (section 5).
 
-    The paper's pool is 5×5/3 on a 14×14 map; torchvision pools adaptively, which differs (`adaptive`), and which also
-    serves maps of any other size.
+    The paper's pool is 5×5/3 on a 14×14 map; torchvision pools adaptively, which differs (`adaptive`), and
+    which also serves maps of any other size.
     """
 
     def __init__(self, in_chans: int, num_classes: int, batch_norm: bool, adaptive: bool, dropout: float):
@@ -133,8 +133,8 @@ class AuxiliaryClassifier(Module):
 class GoogLeNet(ConvNet):
     """Table 1 of the paper. In training it returns GoogLeNetOutputs (see `auxiliary_loss`), else the logits.
 
-    variant: "paper" (local response normalisation, 5×5 convolutions, biases, dropout 0.4) or "torchvision" (batch
-        normalisation, no LRN, 3×3 for 5×5, adaptive pools in the auxiliary classifiers, dropout 0.2).
+    variant: "paper" (local response normalisation, 5×5 convolutions, biases, dropout 0.4) or "torchvision"
+        (batch normalisation, no LRN, 3×3 for 5×5, adaptive pools in the auxiliaries, dropout 0.2).
     aux_logits: with the two auxiliary classifiers on 4a and 4d.
     transform_input: the input is normalised with ImageNet's statistics and is to be taken to the range that
         torchvision's published weights were trained with.
@@ -191,8 +191,8 @@ class GoogLeNet(ConvNet):
         self.reset_parameters(paper)
 
     def reset_parameters(self, paper: bool) -> None:
-        """The paper names no initialisation: its form starts as the reference model in Caffe (Xavier uniform, biases
-        0.2 in convolutions), the batch-norm form as torchvision (normal, σ 0.01, truncated)."""
+        """The paper names no initialisation: its form starts as the reference model in Caffe (Xavier uniform,
+        biases 0.2 in convolutions), the batch-norm form as torchvision (normal, σ 0.01, truncated)."""
         for layer in self.modules():
             if not isinstance(layer, (torch.nn.Conv2d, Linear)):
                 continue
@@ -203,7 +203,7 @@ class GoogLeNet(ConvNet):
             init.constant_(layer.bias, 0.2 if isinstance(layer, torch.nn.Conv2d) else 0.0)
 
     def forward(self, x: Tensor) -> GoogLeNetOutputs | Tensor:
-        check_input(x, type(self).__name__, self.in_chans, self.min_size)
+        self.check(x)
         with_auxiliaries = self.training and self.aux_logits
         aux1 = aux2 = None
         for name, maps in self._trunk(x):

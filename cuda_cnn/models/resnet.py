@@ -1,5 +1,5 @@
-"""ResNet (He et al., "Deep residual learning for image recognition", CVPR 2016): the ImageNet networks, the CIFAR
-networks of section 4.2, and the plain networks (no shortcuts) that they are compared with."""
+"""ResNet (He et al., "Deep residual learning for image recognition", CVPR 2016): the ImageNet networks, the
+CIFAR networks of section 4.2, and the plain networks (no shortcuts) that they are compared with."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ class ZeroPadShortcut(Module):
 
 
 def _shortcut(in_planes: int, planes: int, stride: int, option: str) -> Module | None:
-    """Section 3.3 and 4.1. A: zero-padded where the dimensions grow; B: projection there; C: projection everywhere.
-    None is the identity."""
+    """Section 3.3 and 4.1. A: zero-padded where the dimensions grow; B: projection there; C: projection
+    everywhere. None is the identity."""
     grows = stride != 1 or in_planes != planes
     if option == "none" or (option in ("A", "B") and not grows):
         return None
@@ -168,7 +168,8 @@ class _ResidualNet(ConvNet):
 class ResNet(_ResidualNet):
     """Table 1 of the paper; torchvision's parameter names.
 
-    stride_on: "3x3" puts a bottleneck's stride on its 3×3 convolution, as torchvision; "1x1" on the first 1×1, as the
+    stride_on: "3x3" puts a bottleneck's stride on its 3×3 convolution, as torchvision; "1x1" on the first
+    1×1, as the
         paper. (Blocks of two 3×3 carry it on the first in both.)
     shortcut: "A", "B" (the paper's choice for these networks), "C", or "none" for a plain network.
     """

@@ -1,4 +1,5 @@
-"""VGG (Simonyan & Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR 2015)."""
+"""VGG (Simonyan & Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR
+2015)."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class VGG(ConvNet):
     config: the convolutions of each stage, as in Table 1.
     lrn: local response normalisation after the first convolution (the paper's A-LRN).
     batch_norm: batch normalisation after every convolution (torchvision's `_bn` forms).
-    weights_init: "he" (normal, fan-out; torchvision's), "glorot" (uniform; the remedy of the paper's section 3.1 for
+    weights_init: "he" (normal, fan-out; torchvision's), "glorot" (uniform; the remedy of the paper's section
+    3.1 for
         training without staged pre-training) or "normal" (mean 0, variance 0.01; the paper's for net A).
         Biases are 0; in "he" the fully-connected weights are N(0, 0.01²).
     """
@@ -118,8 +120,8 @@ def _features(config, in_chans: int, lrn: bool, batch_norm: bool) -> tuple[Seque
 
 
 def init_from_shallower(model: VGG, shallower: VGG) -> None:
-    """Staged pre-training (section 3.1): copies the first four convolutions (conv1_1, conv2_1, conv3_1, conv3_2 of
-    Table 1) and the three fully-connected layers of a trained net A into a deeper net, in place.
+    """Staged pre-training (section 3.1): copies the first four convolutions (conv1_1, conv2_1, conv3_1,
+    conv3_2 of Table 1) and the three fully-connected layers of a trained net A into a deeper net, in place.
 
     Raises ValueError where the shapes of a pair differ, before anything is copied.
     """
@@ -127,8 +129,8 @@ def init_from_shallower(model: VGG, shallower: VGG) -> None:
     for into, source in pairs:
         if into.weight.shape != source.weight.shape:
             raise ValueError(
-                f"init_from_shallower: a layer of shape {list(into.weight.shape)} cannot start from one of shape "
-                f"{list(source.weight.shape)} (other num_classes or in_chans?)"
+                f"init_from_shallower: a layer of shape {list(into.weight.shape)} cannot start from one of "
+                f"shape {list(source.weight.shape)} (other num_classes or in_chans?)"
             )
     with torch.no_grad():
         for into, source in pairs:
