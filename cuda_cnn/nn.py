@@ -1,11 +1,13 @@
 """Layers on these kernels: subclasses of `torch.nn`'s, with the same constructors, parameters and state_dict."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from cuda_cnn import functional as F
 
-__all__ = ["BatchNorm2d", "LocalResponseNorm"]
+__all__ = ["BatchNorm2d", "Concat", "Conv2d", "LocalResponseNorm", "MaxPool2d", "Subsample2d"]
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
@@ -39,8 +41,70 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
         )
 
 
+class Concat(torch.nn.Module):
+    """Joins a list or tuple of tensors along `dim` with :func:`cuda_cnn.functional.concat`."""
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        return F.concat(tensors, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Conv2d(torch.nn.Conv2d):
+    """`torch.nn.Conv2d` on :func:`cuda_cnn.functional.conv2d`."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = torch.nn.functional.pad(
+                input, self._reversed_padding_repeated_twice, mode=self.padding_mode
+            )
+            padding = 0
+        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
 class LocalResponseNorm(torch.nn.LocalResponseNorm):
     """`torch.nn.LocalResponseNorm` on :func:`cuda_cnn.functional.local_response_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.local_response_norm(input, self.size, self.alpha, self.beta, self.k)
+
+
+class MaxPool2d(torch.nn.MaxPool2d):
+    """`torch.nn.MaxPool2d` on :func:`cuda_cnn.functional.max_pool2d`."""
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        window = self.kernel_size, self.stride, self.padding, self.dilation
+        return F.max_pool2d(input, *window, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
+
+
+class Subsample2d(torch.nn.Module):
+    """LeNet-5's S layers: :func:`cuda_cnn.functional.subsample` with a coefficient and a bias for each map.
+
+    Both start uniform in ±2.4 / (cells of a window), as the paper's appendix A has it.
+    """
+
+    def __init__(self, channels: int, kernel_size: int | tuple[int, int] = 2, squash: str = "tanh") -> None:
+        super().__init__()
+        self.kernel_size, self.squash = kernel_size, squash
+        self.coefficient = torch.nn.Parameter(torch.empty(channels))
+        self.bias = torch.nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        kernel_h, kernel_w = (
+            (self.kernel_size,) * 2 if isinstance(self.kernel_size, int) else self.kernel_size
+        )
+        for parameter in (self.coefficient, self.bias):
+            torch.nn.init.uniform_(parameter, -2.4 / (kernel_h * kernel_w), 2.4 / (kernel_h * kernel_w))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.subsample(input, self.coefficient, self.bias, self.kernel_size, self.squash)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.coefficient)}, kernel_size={self.kernel_size}, squash={self.squash!r}"
