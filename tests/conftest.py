@@ -1,18 +1,30 @@
-"""Devices: every operator test runs on the CPU kernels, on the emulated CUDA kernels, and on a GPU if there is one.
+"""Devices: an operator's tests run on CPU kernels, on emulated CUDA kernels, and on a GPU if there is one.
 
-A test asks for the fixture `device` and creates its tensors on it. "cuda_emulated" is the CUDA source run on the
-CPU: its tensors are CPU tensors, and the calls are led to the emulated library.
+A test asks for the fixture `device` and creates its tensors on it. "cuda_emulated" is the CUDA source run
+on the CPU: its tensors are CPU tensors, and calls are led to the emulated library with all its checks.
 """
 
+import zlib
 from collections.abc import Iterator
 
 import pytest
 import torch
+from emulation import Unavailable, emulated, emulated_operators
 
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", "cuda_emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    yield torch.device(request.param)
+    if request.param != "cuda_emulated":
+        yield torch.device(request.param)
+        return
+    operator = request.module.__name__.removeprefix("test_")
+    if operator not in emulated_operators():
+        pytest.skip(f"{operator} has no CUDA kernel")
+    try:
+        # Another order of the threads for every test, the same one in every run.
+        with emulated(seed=zlib.crc32(request.node.nodeid.encode()) % 1000, races=True, bounds=True):
+            yield torch.device("cpu")
+    except Unavailable as reason:
+        pytest.skip(str(reason))

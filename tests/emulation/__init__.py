@@ -40,6 +40,7 @@ __all__ = [
     "Unavailable",
     "emulated",
     "emulated_library",
+    "emulated_operators",
     "torch_engine",
 ]
 
@@ -130,13 +131,19 @@ class Engine:
 # ---- The operators over emulated kernels -------------------------------------------------------------------
 
 
+def emulated_operators() -> set[str]:
+    """The operators that have CUDA kernels: csrc/cuda/<name>.cu, or a folder of them."""
+    folder = ROOT / "csrc/cuda"
+    return {path.relative_to(folder).parts[0].removesuffix(".cu") for path in folder.rglob("*.cu")}
+
+
 @functools.cache
 def torch_engine() -> Engine:
-    """The engine of torch.ops.cuda_cnn_emulated: the operators that have CUDA kernels, over those kernels."""
-    kernels = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
-    names = {path.relative_to(ROOT / "csrc/cuda").parts[0].removesuffix(".cu") for path in kernels}
+    """The engine of the library torch.ops.cuda_cnn_emulated; raises Unavailable where there can be none."""
+    names = emulated_operators()
     bindings = [path for path in sorted((ROOT / "csrc/ops").rglob("*.cpp")) if path.stem in names]
-    path = build("operators", kernels, [*bindings, Path(__file__).with_name("allocator.cpp")])
+    bindings.append(Path(__file__).with_name("allocator.cpp"))
+    path = build("operators", sorted((ROOT / "csrc/cuda").rglob("*.cu")), bindings)
     torch.ops.load_library(str(path))
     return Engine(path)
 

@@ -17,7 +17,7 @@ namespace {
 constexpr size_t kTooMany = 1000;  // a block that reports more is given up
 std::string report_text;
 size_t reports = 0;
-std::set<std::string> reported;             // one line a site and kind
+std::set<std::string> reported;  // one line a site and kind
 std::mutex registered_lock;
 std::map<uintptr_t, uintptr_t> registered;  // begin → end
 

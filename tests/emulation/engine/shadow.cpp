@@ -17,9 +17,21 @@ const char* name(Access access) {
   return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic update";
 }
 
-// fiber.clocks[u] = the last moment of thread u, in this epoch, that comes before what the fiber does now.
-std::vector<uint32_t>& clocks_of(Fiber& fiber) {
-  if (fiber.clocks_epoch != block.epoch) {
+// Known(fiber)[u] = the last moment of thread u, in this epoch, that comes before what the fiber does now.
+// Only barriers of a warp let a fiber know of others: without one in this epoch it has no vector of its own.
+class Known {
+ public:
+  explicit Known(const Fiber& fiber) : id_(fiber.id), clocks_(own(fiber) ? fiber.clocks.data() : nullptr) {}
+  uint32_t operator[](int thread) const { return clocks_ != nullptr ? clocks_[thread] : thread == id_; }
+  static bool own(const Fiber& fiber) { return fiber.clocks_epoch == block.epoch; }
+
+ private:
+  int id_;
+  const uint32_t* clocks_;
+};
+
+std::vector<uint32_t>& own_clocks(Fiber& fiber) {
+  if (!Known::own(fiber)) {
     fiber.clocks.assign(block.threads, 0);
     fiber.clocks[fiber.id] = 1;
     fiber.clocks_epoch = block.epoch;
@@ -27,12 +39,12 @@ std::vector<uint32_t>& clocks_of(Fiber& fiber) {
   return fiber.clocks;
 }
 
-bool is_before(uint32_t epoch, uint32_t clock, int thread, const std::vector<uint32_t>& clocks) {
+bool is_before(uint32_t epoch, uint32_t clock, int thread, const Known& clocks) {
   return epoch < block.epoch || clock <= clocks[thread];
 }
 
 // A thread whose read of the cell nothing orders before now, or kNobody.
-int unordered_reader(const Shadow& cell, const std::vector<uint32_t>& clocks) {
+int unordered_reader(const Shadow& cell, const Known& clocks) {
   if (cell.reader == kNobody || cell.read_epoch < block.epoch) return kNobody;
   if (cell.reader != kSeveral) return cell.read_clock <= clocks[cell.reader] ? kNobody : cell.reader;
   const std::vector<uint32_t>& reads = block.reader_clocks[cell.readers];
@@ -42,7 +54,7 @@ int unordered_reader(const Shadow& cell, const std::vector<uint32_t>& clocks) {
   return kNobody;
 }
 
-void remember_read(Shadow& cell, const std::vector<uint32_t>& clocks) {
+void remember_read(Shadow& cell, const Known& clocks) {
   const int self = current->id;
   const bool none = cell.reader == kNobody || cell.read_epoch < block.epoch;
   if (none || (cell.reader != kSeveral && cell.read_clock <= clocks[cell.reader])) {
@@ -64,7 +76,7 @@ void remember_read(Shadow& cell, const std::vector<uint32_t>& clocks) {
   reads[self] = clocks[self];
 }
 
-void remember_write(Shadow& cell, const std::vector<uint32_t>& clocks) {
+void remember_write(Shadow& cell, const Known& clocks) {
   cell.writer = static_cast<int16_t>(current->id);
   cell.write_epoch = block.epoch;
   cell.write_clock = clocks[current->id];
@@ -95,7 +107,7 @@ void shadow_start_block() {
 }
 
 void shadow_access(uint32_t offset, uint32_t bytes, Access access, const Site& site) {
-  const std::vector<uint32_t>& clocks = clocks_of(*current);
+  const Known clocks(*current);
   const int self = current->id;
   for_each_cell(offset, bytes, [&](Shadow& cell, uint32_t at) {
     if (cell.in_flight) {
@@ -125,7 +137,7 @@ void shadow_copy_started(uint32_t offset, uint32_t bytes, const Site& site) {
 
 // From its wait on the copied data is like something the waiting thread has just written.
 void shadow_copy_landed(uint32_t offset, uint32_t bytes) {
-  const std::vector<uint32_t>& clocks = clocks_of(*current);
+  const Known clocks(*current);
   for_each_cell(offset, bytes, [&](Shadow& cell, uint32_t) {
     cell.in_flight = false;
     remember_write(cell, clocks);
@@ -138,7 +150,7 @@ void shadow_warp_barrier(Warp& warp, uint32_t lanes) {
   for (int pass = 0; pass < 2; ++pass) {
     for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
       Fiber& fiber = block.fibers[warp.id * kWarpSize + __builtin_ctz(rest)];
-      std::vector<uint32_t>& clocks = clocks_of(fiber);
+      std::vector<uint32_t>& clocks = own_clocks(fiber);
       if (pass == 0) {
         for (int u = 0; u < block.threads; ++u) joined[u] = std::max(joined[u], clocks[u]);
       } else {
