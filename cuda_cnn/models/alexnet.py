@@ -46,7 +46,7 @@ class AlexNet(_AlexNet):
     layers.
     """
 
-    input_size = (3, 227, 227)  # the paper writes 224; 227 is what gives conv1's 55×55
+    input_size = 227  # the paper writes 224; 227 is what gives conv1's 55×55
     min_size = 67
     taps = (3, 7, 14)
 
@@ -100,7 +100,7 @@ class AlexNetTorchvision(_AlexNet):
     """torchvision's `alexnet`: one tower, without LRN ("One weird trick", Krizhevsky, 2014). PyTorch's own
     initialisation."""
 
-    input_size = (3, 224, 224)
+    input_size = 224
     min_size = 63
     taps = (2, 5, 12)
 

@@ -18,7 +18,7 @@ class ConvNet(nn.Module):
     to logits), `classifier_layers` (the layers from the last map on, pooling apart), and the constants below.
     """
 
-    input_size: tuple[int, int, int]  # channels, height and width in the paper
+    input_size: int  # height and width in the paper
     min_size: int  # the smallest height and width that leave one pixel for the last map
     window = 1  # height and width of the last map that the classifier's first layer reads
     head_names: tuple[str, ...]  # the children that only the classifier needs

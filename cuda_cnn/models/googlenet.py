@@ -140,7 +140,7 @@ class GoogLeNet(ConvNet):
         torchvision's published weights were trained with.
     """
 
-    input_size = (3, 224, 224)
+    input_size = 224
     head_names = ("aux1", "aux2", "avgpool", "dropout", "fc")
 
     def __init__(

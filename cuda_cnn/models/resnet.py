@@ -78,7 +78,7 @@ class ZeroPadShortcut(Module):
     def __init__(self, extra_planes: int, stride: int):
         super().__init__()
         self.extra_planes = extra_planes
-        self.stride = stride
+        self.kernel_size, self.stride = 1, stride
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_planes))
@@ -174,7 +174,7 @@ class ResNet(_ResidualNet):
     shortcut: "A", "B" (the paper's choice for these networks), "C", or "none" for a plain network.
     """
 
-    input_size = (3, 224, 224)
+    input_size = 224
 
     def __init__(self, block, depths: list[int], num_classes: int = 1000, in_chans: int = 3, **kwargs):
         stem = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
@@ -191,7 +191,7 @@ class CifarResNet(_ResidualNet):
     shortcut: "A" as the paper here (no parameters more than the plain network), "B", "C" or "none".
     """
 
-    input_size = (3, 32, 32)
+    input_size = 32
 
     def __init__(
         self, depth: int, num_classes: int = 10, in_chans: int = 3, *, shortcut: str = "A", **kwargs

@@ -39,7 +39,7 @@ class VGG(ConvNet):
         Biases are 0; in "he" the fully-connected weights are N(0, 0.01²).
     """
 
-    input_size = (3, 224, 224)
+    input_size = 224
     min_size = 32
     window = 7
     head_names = ("avgpool", "classifier")
