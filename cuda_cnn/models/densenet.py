@@ -192,7 +192,7 @@ class DenseNet(ConvNet):
             raise ValueError(
                 f"DenseNet: expected growth_rate ≥ 1 and layers in every block, got {growth_rate}, {blocks}"
             )
-        self.input_size = 32 if cifar_stem else (3, 224, 224)
+        self.input_size = 32 if cifar_stem else 224
         # Each transition halves; the ImageNet stem divides by four, rounding up.
         self.min_size = 2 ** (len(blocks) - 1) if cifar_stem else 4 * 2 ** (len(blocks) - 1) - 3
         self.features = Sequential()

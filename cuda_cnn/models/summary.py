@@ -19,13 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from cuda_cnn.nn import Subsample2d
+
 from .densenet import DenseBlock
 from .registry import create_model
 
 __all__ = ["Layer", "Summary", "add_parser", "main", "summarize"]
-
-
-_WINDOW = ("kernel_size", "stride", "dilation")
 
 
 class Sight(NamedTuple):
@@ -174,8 +173,8 @@ class _Sights(TorchDispatchMode):
         if sight and isinstance(module, nn.AdaptiveAvgPool2d) and output.shape != x.shape:
             self.see(output, _ALL)
         elif sight and hasattr(module, "kernel_size"):
-            windows = zip(*(_pair(getattr(module, key, 1)) for key in _WINDOW), strict=True)
-            self.see(output, tuple(s.through(*window) for s, window in zip(sight, windows, strict=True)))
+            axes = zip(sight, *_window(module), strict=True)
+            self.see(output, tuple(s.through(*window) for s, *window in axes))
         return self.of(output)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -193,10 +192,17 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
+def _window(module: nn.Module) -> list[tuple[int, int]]:
+    """Kernel size, stride and dilation, each as (height, width)."""
+    kernel = _pair(module.kernel_size)
+    stride = kernel if isinstance(module, Subsample2d) else _pair(getattr(module, "stride", 1))
+    return [kernel, stride, _pair(getattr(module, "dilation", 1))]
+
+
 def _kind(module: nn.Module) -> str:
     if not hasattr(module, "kernel_size"):
         return type(module).__name__
-    kernel, stride = (_pair(getattr(module, key)) for key in ("kernel_size", "stride"))
+    kernel, stride, _ = _window(module)
     by = f"/{_times(sorted(set(stride)))}" if max(stride) > 1 else ""
     return f"{type(module).__name__} {_times(kernel)}{by}"
 
