@@ -90,7 +90,7 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, *, out: Tensor | None = None
 def write_channels_(buffer: Tensor, x: Tensor, start: int) -> Tensor:
     """`buffer[:, start : start + x.shape[1]] = x`, threaded, for DenseNet's block buffer. Returns the buffer.
 
-    The buffer is a plain store outside autograd: a Function that fills it gives the gradients, slices, itself.
+    The buffer is a plain store outside autograd: whatever Function fills it gives the gradients (slices).
 
     Args:
         buffer: (N, C, *), dense, contiguous or channels_last.

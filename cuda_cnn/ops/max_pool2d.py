@@ -145,7 +145,7 @@ def max_pool2d(
     .. math:: y_{n,c,p,q} = \max_{r,s} x_{n,c,i,j}, \quad i = p \cdot stride - padding + r \cdot dilation, \;
               j = q \cdot stride - padding + s \cdot dilation
 
-    Cells in the padding do not count. The gradient goes to one cell a window: in scan order the first of equal
+    Padding does not count. The gradient goes to one cell of each window: in scan order the first of equal
     ones, and the last NaN before any number. Windows may overlap (AlexNet: size 3, stride 2).
 
     Equivalent to: `F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)`.

@@ -48,7 +48,7 @@ class SubsampleBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gdx: Tensor, gdcoefficient: Tensor, gdbias: Tensor) -> tuple:
-        # Plain tensor arithmetic, so that autograd takes every further derivative by itself. With P the window
+        # Plain tensor arithmetic: autograd takes every further derivative by itself. With P the window
         # sum, Pᵀ its transpose, g(y) the squashing function's slope: da = dy·g(y), dx = Pᵀ(coefficient·da),
         # dcoefficient = Σ da·P(x), dbias = Σ da. So the gradients' product with what comes in is Σ da·q.
         dy, x, coefficient, y = ctx.saved_tensors
