@@ -1,4 +1,4 @@
-"""`cuda-cnn demo`: LeNet-5 learns handwriting on these kernels, draws what it reads, and the kernels are timed."""
+"""`cuda-cnn demo`: LeNet-5 learns handwriting, draws what it reads, and every kernel is timed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ EPOCHS = 20
 
 
 def add_parser(subparsers) -> None:
-    parser = subparsers.add_parser("demo", help="train LeNet-5, draw pictures, time every operator", description=__doc__)
+    parser = subparsers.add_parser(
+        "demo", help="train LeNet-5, draw pictures, time every operator", description=__doc__
+    )
     parser.add_argument("--out", default="out", help="folder for checkpoint and pictures (default out)")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--seed", type=int, default=0)
@@ -35,8 +37,12 @@ def add_parser(subparsers) -> None:
 def main(args: argparse.Namespace) -> int:
     out = Path(args.out)
     data = load_data("digits")
-    trainer = Trainer(load_recipe("lenet5").override(epochs=args.epochs), data, args.seed, device(args.device))
-    print(f"LeNet-5 (1998), 60,000 parameters, learns {len(data.train)} handwritten digits in {args.epochs} epochs:")
+    trainer = Trainer(
+        load_recipe("lenet5").override(epochs=args.epochs), data, args.seed, device(args.device)
+    )
+    print(
+        f"LeNet-5 (1998), 60,000 parameters, learns {len(data.train)} written digits in {args.epochs} epochs:"
+    )
     began = time.perf_counter()
     try:
         result = trainer.fit(out / "lenet5", Progress())
@@ -44,7 +50,9 @@ def main(args: argparse.Namespace) -> int:
         print(f"{stop}; saved. Continue with: cuda-cnn train --resume {out / 'lenet5'}")
         return 130
     seconds = time.perf_counter() - began
-    print(f"\ntest accuracy {result.accuracy:.2%} on {len(result.labels)} digits never seen, after {seconds:.0f} s\n")
+    print(
+        f"\ntest accuracy {result.accuracy:.2%} on {len(result.labels)} unseen digits after {seconds:.0f} s\n"
+    )
     print("\n".join(show_digit(trainer, data)))
     written = draw(trainer, data, result, out)
     if not args.no_timing:
@@ -64,7 +72,10 @@ def show_digit(trainer: Trainer, data: Data, index: int = 3) -> list[str]:
     level = (picture[0, 0, ::2] - BACKGROUND) / (INK - BACKGROUND)
     written = ["".join(" .:+#"[i] for i in row) for row in (level.clamp(0, 1) * 4).round().int().tolist()]
     blank = [""] * 2
-    columns = [blank + ascii_drawing(drawn) + blank, blank + ascii_drawing(model.rbf.bitmaps[index].cpu()) + blank]
+    columns = [
+        blank + ascii_drawing(drawn) + blank,
+        blank + ascii_drawing(model.rbf.bitmaps[index].cpu()) + blank,
+    ]
     titles = f"{'a digit as written':32}      {'F6 draws':10}  {'the target':10}"
     return [titles, *(f"{w:32}      {d:10}  {t:10}" for w, d, t in zip(written, *columns))]
 

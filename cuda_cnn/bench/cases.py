@@ -1,4 +1,4 @@
-"""A layer as two calls, ours and torch's, on the same tensors, verified against float64 before anything is timed."""
+"""A layer as two calls on the same tensors, ours and torch's, verified against float64 before timing."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch.nn import functional as TF
 from .. import functional as F
 from .shapes import Layer
 
-__all__ = ["Case", "WrongResult", "build", "vendor"]
+__all__ = ["Case", "WrongResultError", "build", "vendor"]
 
-# float32's largest error over the largest value: rounding of long sums stays well below, a wrong tap far above.
+# Largest error over largest value: rounding of long sums stays well below, a wrong tap is far above.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-class WrongResult(RuntimeError):
+class WrongResultError(RuntimeError):
     """An output that is not the operator's: it is not timed."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Two rivals on the same inputs; `ours_error` is the largest error against float64 over the largest value."""
+    """Two rivals on the same inputs; an error is the largest one against float64 over the largest value."""
 
     ours: Callable[[], object]
     rival: Callable[[], object]
@@ -54,7 +54,10 @@ _CALLS: dict[str, tuple[Callable, Callable]] = {
         lambda c, a: [(a["filters"], c // a["groups"], a["size"], a["size"]), (a["filters"],)],
         lambda lib, a, x, w, b: lib.conv2d(x, w, b, a["stride"], a["padding"], 1, a["groups"]),
     ),
-    "max_pool2d": (lambda c, a: [], lambda lib, a, x: lib.max_pool2d(x, a["size"], a["stride"], a["padding"])),
+    "max_pool2d": (
+        lambda c, a: [],
+        lambda lib, a, x: lib.max_pool2d(x, a["size"], a["stride"], a["padding"]),
+    ),
     "local_response_norm": (
         lambda c, a: [],
         lambda lib, a, x: lib.local_response_norm(x, a["size"], a["alpha"], 0.75, a["k"]),
@@ -63,7 +66,10 @@ _CALLS: dict[str, tuple[Callable, Callable]] = {
         lambda c, a: [(c,), (c,)],
         lambda lib, a, x, w, b: lib.batch_norm(x, None, None, w, b, True),
     ),
-    "concat": (lambda c, a: [(None, a["grown"], None, None)], lambda lib, a, *tensors: lib.concat(list(tensors), 1)),
+    "concat": (
+        lambda c, a: [(None, a["grown"], None, None)],
+        lambda lib, a, *tensors: lib.concat(list(tensors), 1),
+    ),
     "subsample": (lambda c, a: [(c,), (c,)], lambda lib, a, x, w, b: lib.subsample(x, w, b)),
 }
 
@@ -71,7 +77,7 @@ _CALLS: dict[str, tuple[Callable, Callable]] = {
 def build(layer: Layer, batch: int, backward: bool = False, dtype: torch.dtype = torch.float32) -> Case:
     """The layer on random data in channels_last, forward, or forward and all gradients.
 
-    Raises WrongResult where our output is off by more than rounding.
+    Raises WrongResultError where our output is off by more than rounding.
     """
     inputs = _inputs(layer, batch)
     _, call = _CALLS[layer.op]
@@ -79,7 +85,9 @@ def build(layer: Layer, batch: int, backward: bool = False, dtype: torch.dtype =
     tensors = [t.to(dtype).requires_grad_(backward) for t in inputs]
     errors = [_error(_outputs(lib, layer, tensors, backward), exact) for lib in (F, TORCH)]
     if not errors[0] <= TOLERANCE[dtype]:
-        raise WrongResult(f"{layer}: error {errors[0]:.1e} against float64, expected at most {TOLERANCE[dtype]:.0e}")
+        raise WrongResultError(
+            f"{layer}: error {errors[0]:.1e} against float64, expected at most {TOLERANCE[dtype]:.0e}"
+        )
     if backward:
         gradient = torch.randn_like(call(TORCH, layer.args, *tensors))
 
@@ -126,7 +134,9 @@ def _outputs(lib, layer: Layer, tensors: list[Tensor], backward: bool) -> list[T
 
 
 def _error(found: list[Tensor], exact: list[Tensor]) -> float:
-    scaled = [((f.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item() for f, e in zip(found, exact)]
+    scaled = [
+        ((f.double() - e).abs().max() / e.abs().max().clamp(min=1e-30)).item() for f, e in zip(found, exact)
+    ]
     return max(scaled)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .cases import WrongResult, build, vendor
+from .cases import WrongResultError, build, vendor
 from .shapes import layers
 from .timing import compare
 
@@ -19,7 +19,8 @@ DEMO_LAYERS = (
     *(("resnet50", "layer1.1.conv1", 4), ("resnet50", "layer3.1.conv2", 4), ("resnet50", "layer1.bn3", 4)),
     *(("densenet121", "block3.conv2", 4), ("densenet121", "block1.last", 4)),
 )
-HEADER = f"{'layer':48} {'pass':9} {'ours':>9} {'torch':>9}  {'× torch (quartiles)':22} {'error':>8}  torch's kernel"
+COLUMNS = f"{'layer':36} {'pass':8} {'ours':>9} {'torch':>9}"
+HEADER = f"{COLUMNS}  {'× torch (quartiles)':21} {'error':>7}  torch's kernel"
 
 
 def rows(seconds: float = 0.3) -> Iterator[str]:
@@ -31,20 +32,19 @@ def rows(seconds: float = 0.3) -> Iterator[str]:
                 continue
             for backward in (False, True):
                 yield _row(layer, batch, backward, seconds)
-    yield f"float32, channels_last, {torch.get_num_threads()} threads; × above 1: ours is faster; error: largest, against"
-    yield "float64, over the largest value; train: forward and all gradients."
+    yield f"float32, channels_last, {torch.get_num_threads()} threads; × above 1: ours is faster; train: with"
+    yield "all gradients; error: the largest one against float64, over the largest value."
 
 
 def _row(layer, batch: int, backward: bool, seconds: float) -> str:
-    words = f"{layer.op} {layer} ×{batch}"
     try:
         case = build(layer, batch, backward)
-    except WrongResult as error:
-        return f"{words}: WRONG, not timed: {error}"
+    except WrongResultError as error:
+        return f"WRONG, not timed: {error}"
     times = compare(case.ours, case.rival, seconds)
     middle, low, high = times.ratio
     return (
-        f"{f'{layer.network} {layer.name} {layer.op}':48} {'train' if backward else 'forward':9} "
+        f"{f'{layer.network} {layer.name} {layer.op}':36.36} {'train' if backward else 'forward':8} "
         f"{1e3 * times.ours_median:6.2f} ms {1e3 * times.rival_median:6.2f} ms  "
-        f"{f'{middle:.2f} ({low:.2f} to {high:.2f})':22} {case.ours_error:8.1e}  {vendor(layer.op)}"
+        f"{f'{middle:.2f} ({low:.2f} to {high:.2f})':21} {case.ours_error:7.0e}  {vendor(layer.op)}"
     )

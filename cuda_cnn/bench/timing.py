@@ -1,4 +1,4 @@
-"""A timer for two rivals on one machine that is never quite idle: they take turns, and ratios are of neighbours."""
+"""A timer for two rivals on a machine that is never quite idle: they take turns, ratios are of neighbours."""
 
 from __future__ import annotations
 

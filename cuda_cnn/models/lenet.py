@@ -15,7 +15,7 @@ from .. import nn as cnn
 from .rbf import CHARACTERS, EuclideanRBF
 from .registry import register_model
 
-__all__ = ["C3_TABLE", "EuclideanLoss", "LeNet5", "LeNet5Modern", "MAPLoss", "TableConv2d"]
+__all__ = ["C3_TABLE", "EuclideanLoss", "LeNet5", "LeNet5Modern", "MAPLoss", "SquashingTanh", "TableConv2d"]
 
 # Table I of the paper: the maps of S2 that each of the 16 maps of C3 reads.
 C3_TABLE = (
@@ -28,8 +28,8 @@ C3_TABLE = (
 class TableConv2d(nn.Module):
     """Convolution whose output map o reads only the input maps `table[o]`.
 
-    One 2-D filter for each connected pair of maps is kept, and nothing else; one dense convolution, whose other
-    weights are zero, computes all maps. Shape: (N, in_channels, H, W) → (N, len(table), H−k+1, W−k+1).
+    One 2-D filter for each connected pair of maps is kept, and nothing else; one dense convolution, whose
+    other weights are zero, computes all maps. Shape: (N, in_channels, H, W) → (N, len(table), H−k+1, W−k+1).
     """
 
     def __init__(self, in_channels: int, table: tuple[tuple[int, ...], ...], kernel_size: int):
@@ -51,14 +51,23 @@ class TableConv2d(nn.Module):
         return F.conv2d(x, self.dense_weight(), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {len(self.table)}, kernel_size={self.kernel_size}, pairs={len(self.weight)}"
+        return (
+            f"{self.in_channels}, {len(self.table)}, kernel_size={self.kernel_size}, pairs={len(self.weight)}"
+        )
+
+
+class SquashingTanh(nn.Module):
+    """1.7159·tanh(2a/3), appendix A."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        return 1.7159 * torch.tanh(a * (2 / 3))
 
 
 class LeNet5(nn.Module):
     """LeNet-5 with exactly 60,000 trainable parameters (for one input channel).
 
-    Input (N, in_chans, H, W), at least 32×32, background −0.1 and ink 1.175. Output: the penalty of each class
-    (smaller is better), (N, K), or (N, K, (H−32)/4+1, (W−32)/4+1) for larger inputs: every layer is a convolution.
+    Input (N, in_chans, H, W), at least 32×32, background −0.1 and ink 1.175. Output: the penalty of each
+    class (smaller is better), (N, K); of larger inputs a map of them, (N, K, (H−32)/4+1, (W−32)/4+1).
     """
 
     penalties = True
@@ -76,9 +85,9 @@ class LeNet5(nn.Module):
         self.c5 = cnn.Conv2d(16, 120, 5)
         self.f6 = cnn.Conv2d(120, 84, 1)
         self.rbf = EuclideanRBF(classes)
-        self.squash = cnn.SquashingTanh() if squash == "tanh" else nn.Sigmoid()
+        self.squash = SquashingTanh() if squash == "tanh" else nn.Sigmoid()
         # F6 draws in −1 … +1, which a sigmoid cannot reach.
-        self.squash_f6 = cnn.SquashingTanh()
+        self.squash_f6 = SquashingTanh()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -139,7 +148,7 @@ class LeNet5Modern(nn.Module):
 
 
 class EuclideanLoss(nn.Module):
-    """Equation 8: the mean penalty of the right class, mean(y_D). penalties (N, K, …), target (N, …) of class indices."""
+    """Equation 8: the mean penalty of the right class, mean(y_D). penalties (N, K, …), target (N, …)."""
 
     def forward(self, penalties: Tensor, target: Tensor) -> Tensor:
         return penalties.gather(1, target.unsqueeze(1)).mean()
@@ -150,7 +159,8 @@ class MAPLoss(nn.Module):
 
     .. math:: \operatorname{mean}\Big( y_D + \log\big( e^{-j} + \sum_i e^{-y_i} \big) \Big), \quad j > 0
 
-    `j` caps the push: a class whose penalty is well above j is left alone. penalties (N, K, …), target (N, …).
+    `j` caps the push: a class whose penalty is well above j is left alone.
+    penalties (N, K, …), target (N, …) of class indices.
     """
 
     def __init__(self, j: float = 1.0):
@@ -170,15 +180,17 @@ class MAPLoss(nn.Module):
 
 @register_model
 def lenet5(num_classes: int | None = None, in_chans: int = 1, classes: str | None = None, **kwargs) -> LeNet5:
-    """The paper's LeNet-5. `classes="ABC"` names the characters it draws; `num_classes` alone takes the first of
-    digits, capitals, small letters, the rest. `squash` is "tanh" (the paper's) or "sigmoid"."""
+    """The paper's LeNet-5. `classes="ABC"` names the characters it draws; `num_classes` alone takes the first
+    of digits, capitals, small letters, the rest. `squash` is "tanh" (the paper's) or "sigmoid"."""
     if classes is None:
         count = 10 if num_classes is None else num_classes
         if not 1 <= count <= len(CHARACTERS):
             raise ValueError(f"lenet5: expected num_classes from 1 to {len(CHARACTERS)}, got {count}")
         classes = CHARACTERS[:count]
     elif num_classes not in (None, len(classes)):
-        raise ValueError(f"lenet5: num_classes={num_classes} does not fit the {len(classes)} characters of classes")
+        raise ValueError(
+            f"lenet5: num_classes={num_classes} does not fit the {len(classes)} characters of classes"
+        )
     return LeNet5(classes, in_chans, **kwargs)
 
 
@@ -190,7 +202,9 @@ def lenet5_modern(num_classes: int = 10, in_chans: int = 1) -> LeNet5Modern:
 
 def _check_size(name: str, x: Tensor) -> None:
     if x.dim() != 4 or x.size(2) < 32 or x.size(3) < 32:
-        raise RuntimeError(f"{name}: expected input (N, C, H, W) of at least 32×32, got shape {list(x.shape)}")
+        raise RuntimeError(
+            f"{name}: expected input (N, C, H, W) of at least 32×32, got shape {list(x.shape)}"
+        )
 
 
 def _single(scores: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """LeNet-5's output layer: Euclidean distance to fixed 7×12 drawings of the characters.
 
-LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, Proc. IEEE 1998, §II.B.
+LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, 1998, §II.B.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 __all__ = ["CHARACTERS", "DRAWING_SHAPE", "EuclideanRBF", "ascii_drawing", "bitmaps"]
 
 DRAWING_SHAPE = (12, 7)
-CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" + " !\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+CHARACTERS = (
+    "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" + " !\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+)
 
 # The printable characters in ASCII order (space to tilde), eight a row.
 _DRAWINGS = """
@@ -202,7 +204,9 @@ class EuclideanRBF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() not in (2, 4) or x.size(1) != self.bitmaps.size(1):
-            raise RuntimeError(f"euclidean_rbf: expected input (N, 84) or (N, 84, H, W), got shape {list(x.shape)}")
+            raise RuntimeError(
+                f"euclidean_rbf: expected input (N, 84) or (N, 84, H, W), got shape {list(x.shape)}"
+            )
         targets = self.bitmaps.reshape(self.bitmaps.shape + (1,) * (x.dim() - 2))
         return (x.unsqueeze(1) - targets).square().sum(2)
 

@@ -28,9 +28,15 @@ class Affine:
         turn, grow_x, grow_y, move_x, move_y = torch.rand(5, n, generator=generator) * 2 - 1
         angle = turn * math.radians(self.rotate)
         scale_x, scale_y = 1 + grow_x * self.scale, 1 + grow_y * self.scale
-        row_x = torch.stack((angle.cos() * scale_x, -angle.sin() * scale_x, move_x * self.shift * 2 / width), 1)
-        row_y = torch.stack((angle.sin() * scale_y, angle.cos() * scale_y, move_y * self.shift * 2 / height), 1)
-        grid = F.affine_grid(torch.stack((row_x, row_y), 1).to(images), list(images.shape), align_corners=False)
+        row_x = torch.stack(
+            (angle.cos() * scale_x, -angle.sin() * scale_x, move_x * self.shift * 2 / width), 1
+        )
+        row_y = torch.stack(
+            (angle.sin() * scale_y, angle.cos() * scale_y, move_y * self.shift * 2 / height), 1
+        )
+        grid = F.affine_grid(
+            torch.stack((row_x, row_y), 1).to(images), list(images.shape), align_corners=False
+        )
         # What comes in from outside is paper: the level of each picture's first pixel.
         paper = images[:, :, :1, :1]
         return F.grid_sample(images - paper, grid, align_corners=False) + paper

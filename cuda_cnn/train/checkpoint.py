@@ -10,6 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,8 +31,8 @@ class CheckpointError(ValueError):
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
-    """Lets `write` fill a temporary file, syncs it to disk and renames it to `path`: an earlier file there survives
-    a full disk or a crash."""
+    """Lets `write` fill a temporary file, syncs it to disk and renames it to `path`: an earlier file there
+    survives a full disk or a crash."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,11 +47,12 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
         survivor = "; the earlier one is untouched" if path.exists() else ""
         raise CheckpointError(f"{path}: cannot be written ({error}){survivor}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def save_checkpoint(folder: str | Path, state: dict) -> None:
-    """Writes `checkpoint.pt` and `weights.safetensors` into `folder`. Raises CheckpointError (disk full, no rights)."""
+    """Writes `checkpoint.pt` and `weights.safetensors` into `folder`; CheckpointError where it cannot."""
     state = {"format": FORMAT, **state}
     write_atomic(Path(folder) / STATE_FILE, lambda file: torch.save(state, file))
     try:
@@ -101,7 +103,9 @@ def _read_state(path: Path) -> dict:
     except CheckpointError:
         raise
     except Exception as error:  # zipfile, pickle and torch raise a dozen different types on damaged files
-        raise CheckpointError(f"{path}: truncated or corrupt checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"{path}: truncated or corrupt checkpoint ({type(error).__name__}: {error})"
+        ) from error
     return state if isinstance(state, dict) else {}
 
 
@@ -110,8 +114,10 @@ def _read_safetensors(path: Path) -> dict:
 
     try:
         with safe_open(path, framework="pt") as file:
-            description = {key: json.loads(text) for key, text in (file.metadata() or {}).items() if key in DESCRIPTION}
-            return {**description, "weights": {name: file.get_tensor(name) for name in file.keys()}}
+            description = {
+                key: json.loads(text) for key, text in (file.metadata() or {}).items() if key in DESCRIPTION
+            }
+            return {**description, "weights": {name: file.get_tensor(name) for name in list(file.keys())}}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or corrupt checkpoint ({error})") from error
 

@@ -26,7 +26,14 @@ BACKGROUND, INK = -0.1, 1.175
 PICTURE_SIZE = 32
 DIGIT_BOX = 28
 HELD_OUT = 5
-IDX_TYPES = {8: torch.uint8, 9: torch.int8, 11: torch.int16, 12: torch.int32, 13: torch.float32, 14: torch.float64}
+IDX_TYPES = {
+    8: torch.uint8,
+    9: torch.int8,
+    11: torch.int16,
+    12: torch.int32,
+    13: torch.float32,
+    14: torch.float64,
+}
 
 
 class DataError(ValueError):
@@ -69,7 +76,7 @@ def load_data(spec: str) -> Data:
 
 
 def ink(pictures: Tensor, box: int = DIGIT_BOX, size: int = PICTURE_SIZE) -> Tensor:
-    """(N, 1, h, w) with 0 = paper and 1 = ink, scaled to box×box and centred in size×size at the paper's levels."""
+    """(N, 1, h, w) with 0 = paper and 1 = ink, scaled to box×box and centred in size×size, paper's levels."""
     if pictures.shape[-2:] != (box, box):
         pictures = F.interpolate(pictures, size=(box, box), mode="bilinear", align_corners=False)
     before = (size - box) // 2
@@ -77,8 +84,10 @@ def ink(pictures: Tensor, box: int = DIGIT_BOX, size: int = PICTURE_SIZE) -> Ten
     return F.pad(pictures, (before, after, before, after)) * (INK - BACKGROUND) + BACKGROUND
 
 
-def split_held_out(labels: Tensor, parts: int = HELD_OUT, part: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices of (the rest, one of `parts` equal parts), the same fraction of each class, always the same ones."""
+def split_held_out(
+    labels: Tensor, parts: int = HELD_OUT, part: int = 0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Indices of (the rest, one of `parts` equal parts): a fixed choice, the same fraction of each class."""
     generator = torch.Generator().manual_seed(seed)
     kept, held = [], []
     for label in labels.unique().tolist():
@@ -91,7 +100,7 @@ def split_held_out(labels: Tensor, parts: int = HELD_OUT, part: int = 0, seed: i
 
 
 def digits(folder: str = "") -> Data:
-    """scikit-learn's 1,797 handwritten digits (8×8), a fixed stratified fifth of them held out for the test."""
+    """scikit-learn's 1,797 handwritten digits (8×8), a fixed stratified fifth held out for the test."""
     if folder:
         raise DataError(f"digits are bundled with scikit-learn and take no folder, got {folder!r}")
     try:
@@ -106,7 +115,7 @@ def digits(folder: str = "") -> Data:
 
 
 def mnist(folder: str) -> Data:
-    """MNIST's four IDX files (`train-images-idx3-ubyte`, …, plain or .gz) in `folder`; 28×28 padded to 32×32."""
+    """MNIST's four IDX files (`train-images-idx3-ubyte` …, plain or .gz) in `folder`; 28×28 in 32×32."""
     if not Path(folder).is_dir() or not folder:
         raise DataError(f"mnist:FOLDER: {folder or '(nothing)'} is not a folder")
     sets = []
@@ -115,7 +124,9 @@ def mnist(folder: str) -> Data:
         labels_file = _find_idx(Path(folder), f"{stem}-labels", "idx1-ubyte")
         images, labels = read_idx(images_file), read_idx(labels_file)
         if images.dim() != 3 or images.dtype != torch.uint8:
-            raise DataError(f"{images_file}: expected pictures N×H×W of bytes, got shape {list(images.shape)}")
+            raise DataError(
+                f"{images_file}: expected pictures N×H×W of bytes, got shape {list(images.shape)}"
+            )
         if labels.dim() != 1 or len(labels) != len(images):
             raise DataError(f"{labels_file}: {list(labels.shape)} labels do not fit {len(images)} pictures")
         if not len(labels):

@@ -14,7 +14,7 @@ class NonFiniteError(ValueError):
 
 @torch.no_grad()
 def first_non_finite(model: nn.Module, images: Tensor) -> str:
-    """Runs `images` through the network again; says in which layer NaN or Inf first appears, and in what of it."""
+    """Runs `images` through the network again; says where NaN or Inf first appears: layer, and what of it."""
     if not images.isfinite().all():
         return "the input pictures"
     found: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,8 +18,8 @@ INK_LEVEL = 0.25
 
 
 def read_ink(path: str | Path, box: int = DIGIT_BOX, size: int = PICTURE_SIZE) -> Tensor:
-    """One character in a picture file, (1, 1, size, size): cropped to its ink, scaled so that its longer side is
-    `box`, centred, at the paper's levels. Dark ink on light paper and the reverse both work.
+    """One character in a picture file, (1, 1, size, size): cropped to its ink, scaled so that its longer side
+    is `box`, centred, at the paper's levels. Dark ink on light paper and the reverse both work.
 
     Raises DataError, naming the file: missing, not a picture, truncated, or blank.
     """
@@ -54,7 +55,7 @@ def _read_grey(path: Path) -> Tensor:
                 image = Image.alpha_composite(paper, image)
             deep = image.mode.startswith(("I", "F"))
             image = image if deep else image.convert("L")
-            grey = torch.tensor(list(image.getdata()), dtype=torch.float32).reshape(image.height, image.width)
+            grey = torch.from_numpy(numpy.array(image, dtype=numpy.float32))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such picture") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

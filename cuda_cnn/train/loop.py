@@ -1,7 +1,7 @@
 """The training loop: `Trainer(recipe, data, seed).fit(folder)`.
 
-Repeatable: the order of the pictures and their random changes depend on (seed, epoch, step) alone, and every other
-random state is in the checkpoint, so a run that was broken off continues to the same numbers.
+Repeatable: the order of the pictures and their random changes depend on (seed, epoch, step) alone, and every
+other random state is in the checkpoint, so a run that was broken off continues to the same numbers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def scores(model: nn.Module, output: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, device: str | torch.device = "cpu", batch_size: int = 256) -> Evaluation:
+def evaluate(
+    model: nn.Module, dataset: Dataset, device: str | torch.device = "cpu", batch_size: int = 256
+) -> Evaluation:
     """Runs the network in eval mode over a data set."""
     was_training = model.training
     model.eval()
@@ -72,9 +74,11 @@ def evaluate(model: nn.Module, dataset: Dataset, device: str | torch.device = "c
     return Evaluation(torch.cat(outputs), torch.cat(labels))
 
 
-def batches(dataset: Dataset, order: Tensor, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    dataset: Dataset, order: Tensor, batch_size: int, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels) of `order`'s indices, batch by batch."""
-    indices = list(order.split(batch_size))
+    indices = [i for i in order.split(batch_size) if len(i)]
     if isinstance(dataset, ImageSet):
         return (dataset[i] for i in indices)
     return iter(DataLoader(dataset, batch_sampler=[i.tolist() for i in indices], num_workers=workers))
@@ -104,7 +108,7 @@ class Trainer:
         return math.ceil(len(self.data.train) / self.recipe.batch_size)
 
     def fit(self, folder: str | Path | None = None, progress: Progress | None = None) -> Evaluation:
-        """Trains to the recipe's last epoch, with a checkpoint in `folder` after each; returns the test's evaluation.
+        """Trains to the recipe's last epoch, a checkpoint in `folder` after each; returns the test's result.
 
         Ctrl-C and SIGTERM finish the step, save and raise Interrupted. Raises NonFiniteError on a NaN loss.
         """
@@ -125,7 +129,11 @@ class Trainer:
         for images, labels in batches(self.data.train, rest, self.recipe.batch_size):
             loss, correct = self._train_step(images, labels)
             self.step += 1
-            self.sums = [self.sums[0] + loss * len(labels), self.sums[1] + correct, self.sums[2] + len(labels)]
+            self.sums = [
+                self.sums[0] + loss * len(labels),
+                self.sums[1] + correct,
+                self.sums[2] + len(labels),
+            ]
             progress.step(self.sums[0] / self.sums[2], self.sums[1] / self.sums[2])
             if self._stop.is_set():
                 self._save(folder)
@@ -144,8 +152,8 @@ class Trainer:
         if not math.isfinite(value := loss.item()):
             where = first_non_finite(self.model, images)
             raise NonFiniteError(
-                f"the loss became {value} in epoch {self.epoch + 1}, step {self.step + 1}: it comes from {where}. "
-                f"Try a smaller learning rate than {self.recipe.lr}."
+                f"the loss became {value} in epoch {self.epoch + 1}, step {self.step + 1}: "
+                f"it comes from {where}. Try a smaller learning rate than {self.recipe.lr}."
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -189,7 +197,9 @@ class Trainer:
         if "optimizer" not in state:
             raise CheckpointError("this checkpoint holds weights alone: resume from checkpoint.pt")
         if state["classes"] != list(self.data.classes):
-            raise CheckpointError(f"the checkpoint has classes {state['classes']}, the data {self.data.classes}")
+            raise CheckpointError(
+                f"the checkpoint has classes {state['classes']}, the data {self.data.classes}"
+            )
         try:
             self.model.load_state_dict(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -233,7 +243,7 @@ class Trainer:
 
 
 def model_arguments(name: str, data: Data) -> dict:
-    """What a network must be told about the data: classes and channels, and letters where it draws letters."""
+    """What a network must be told about the data: classes, channels, and letters where it draws letters."""
     accepted = builder_parameters(name)
     arguments = {"num_classes": len(data.classes), "in_chans": data.shape[0]}
     if "classes" in accepted and all(len(c) == 1 for c in data.classes):

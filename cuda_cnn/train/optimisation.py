@@ -37,7 +37,7 @@ def schedule_factor(recipe: Recipe, done: float) -> float:
 
 
 def make_loss(recipe: Recipe, model: nn.Module) -> nn.Module:
-    """The recipe's loss. Raises ValueError where it does not suit what the network gives (penalties or scores)."""
+    """The recipe's loss. ValueError where it does not suit what the network gives (penalties or scores)."""
     loss = _row(LOSSES, "loss", recipe.loss)(**recipe.loss_args)
     penalties = getattr(model, "penalties", False)
     if penalties != isinstance(loss, PENALTY_LOSSES):

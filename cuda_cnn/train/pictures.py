@@ -23,7 +23,10 @@ def curves(history: list[dict], path: str | Path) -> Path:
     epochs = [row["epoch"] for row in history]
     loss.plot(epochs, [row["train_loss"] for row in history], color="tab:blue")
     loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    for key, label, colour in (("train_accuracy", "training", "tab:blue"), ("test_accuracy", "test", "tab:orange")):
+    for key, label, colour in (
+        ("train_accuracy", "training", "tab:blue"),
+        ("test_accuracy", "test", "tab:orange"),
+    ):
         accuracy.plot(epochs, [100 * row[key] for row in history], label=label, color=colour)
     accuracy.set(xlabel="epoch", ylabel="accuracy, %")
     accuracy.legend()
@@ -38,7 +41,7 @@ def confusion(result: Evaluation, classes: list[str], path: str | Path) -> Path:
     figure = _figure(5, 4.6)
     axes = figure.subplots()
     shades = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(shades, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shades.numpy(), cmap="Blues", vmin=0, vmax=1)
     for row, column in counts.nonzero().tolist():
         colour = "white" if shades[row, column] > 0.5 else "black"
         axes.text(column, row, int(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
@@ -49,14 +52,16 @@ def confusion(result: Evaluation, classes: list[str], path: str | Path) -> Path:
 
 
 def filters(weight: Tensor, path: str | Path, title: str = "") -> Path:
-    """The filters of a convolution, (K, C, R, S): one row for each input map up to three, one column a filter."""
+    """The filters of a convolution, (K, C, R, S): a row for each input map up to three, a column a filter."""
     weight = weight.detach().cpu().float()[:, :3]
     limit = weight.abs().max().item() or 1.0
     grid = [[(f[c], "gray_r", -limit, limit) for f in weight] for c in range(weight.size(1))]
     return _save(_grid(grid, title), path)
 
 
-def feature_maps(model: nn.Module, image: Tensor, layers: list[str], path: str | Path, columns: int = 16) -> Path:
+def feature_maps(
+    model: nn.Module, image: Tensor, layers: list[str], path: str | Path, columns: int = 16
+) -> Path:
     """The input picture and the first maps of each named layer; one row a layer. image: (1, C, H, W)."""
     rows = [[(image[0, 0].cpu(), "gray_r", None, None)]]
     for maps in layer_outputs(model, image, layers):
@@ -95,10 +100,11 @@ def layer_outputs(model: nn.Module, image: Tensor, layers: list[str]) -> list[Te
     for name in layers:
         if name not in known:
             raise ValueError(f"no layer {name!r}; there are {', '.join(filter(None, known))}")
-    hooks = [
-        known[name].register_forward_hook(lambda m, i, output, name=name: outputs.setdefault(name, output))
-        for name in layers
-    ]
+
+    def keep(name: str, output: Tensor) -> None:
+        outputs[name] = output
+
+    hooks = [known[n].register_forward_hook(lambda m, i, output, n=n: keep(n, output)) for n in layers]
     try:
         model.eval()
         model(image.to(next(model.parameters()).device))
@@ -119,7 +125,7 @@ def _grid(rows: list[list[tuple]], title: str, labels: list[str] | None = None):
             axes[r][c].set_yticks([])
             axes[r][c].set_frame_on(False)
         for c, (values, colours, least, most) in enumerate(rows[r]):
-            axes[r][c].imshow(values, cmap=colours, vmin=least, vmax=most)
+            axes[r][c].imshow(values.numpy(), cmap=colours, vmin=least, vmax=most)
         if labels:
             axes[r][0].set_ylabel(labels[r], rotation=0, ha="right", va="center")
     if title:

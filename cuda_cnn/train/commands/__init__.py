@@ -8,7 +8,7 @@ __all__ = ["device"]
 
 
 def device(name: str) -> torch.device:
-    """The device of --device: "auto" is the GPU where there is one. Raises ValueError where it cannot be had."""
+    """The device of --device: "auto" is the GPU where there is one. ValueError where it cannot be had."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -16,5 +16,7 @@ def device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"--device: {name!r} is no device") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch {torch.__version__} sees no GPU (see: python -m cuda_cnn env)")
+        raise ValueError(
+            f"--device {name}: torch {torch.__version__} sees no GPU (see: python -m cuda_cnn env)"
+        )
     return chosen

@@ -12,7 +12,9 @@ from . import device
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("evaluate", help="accuracy on a data set", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a run's folder, checkpoint.pt or weights.safetensors")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a run's folder, checkpoint.pt or weights.safetensors"
+    )
     parser.add_argument("--data", help="data set (default: the one it was trained on)")
     parser.add_argument("--device", default="auto")
     parser.set_defaults(run=main)
@@ -28,7 +30,9 @@ def main(args: argparse.Namespace) -> int:
         )
     chosen = device(args.device)
     result = evaluate(restore_model(state).to(chosen), data.test, chosen)
-    print(f"{state['model']} on {data.name}: {result.accuracy:.2%} of {len(result.labels)} test pictures right")
+    print(
+        f"{state['model']} on {data.name}: {result.accuracy:.2%} of {len(result.labels)} test pictures right"
+    )
     confusion = result.confusion().fill_diagonal_(0)
     for flat in confusion.flatten().argsort(descending=True, stable=True)[:5].tolist():
         right, taken = divmod(flat, len(data.classes))

@@ -17,7 +17,9 @@ from . import device
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("predict", help="classify picture files", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a run's folder, checkpoint.pt or weights.safetensors")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a run's folder, checkpoint.pt or weights.safetensors"
+    )
     parser.add_argument("--top", type=int, default=3, help="classes to list for each picture")
     parser.add_argument("--device", default="auto")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG … of one character each")
@@ -29,7 +31,9 @@ def main(args: argparse.Namespace) -> int:
     state = load_checkpoint(args.checkpoint)
     channels, size, _ = state["shape"]
     if channels != 1:
-        raise CheckpointError(f"{args.checkpoint}: predict reads grey characters; this network takes {channels} channels")
+        raise CheckpointError(
+            f"{args.checkpoint}: predict reads grey characters; this network takes {channels} channels"
+        )
     chosen = device(args.device)
     model = restore_model(state).to(chosen).eval()
     failed = 0

@@ -30,9 +30,15 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--loss", help="map, euclidean (LeNet-5's, equations 9 and 8) or cross_entropy")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--out", help="folder of the run (default out/MODEL)")
-    parser.add_argument("--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default: --out's)")
-    parser.add_argument("--overwrite", action="store_true", help="start again where --out holds a run already")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU where there is one)")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default: --out's)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start again where --out holds a run already"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU where there is one)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
     parser.set_defaults(run=main)
 
@@ -51,7 +57,10 @@ def main(args: argparse.Namespace) -> int:
         print(f"{stop}; saved. Continue with: cuda-cnn train --resume {out}")
         return 130
     right = int((result.scores.argmax(1) == result.labels).sum())
-    print(f"test accuracy {result.accuracy:.2%} ({right} of {len(result.labels)}), {time.perf_counter() - began:.1f} s")
+    print(
+        f"test accuracy {result.accuracy:.2%} ({right} of {len(result.labels)}), "
+        f"{time.perf_counter() - began:.1f} s"
+    )
     print(f"checkpoint in {out}")
     return 0
 
@@ -63,7 +72,8 @@ def _start(args: argparse.Namespace, chosen) -> tuple[Trainer, Path]:
     out = Path(args.out or f"out/{model}")
     if (out / STATE_FILE).exists() and not args.overwrite:
         raise CheckpointError(
-            f"{out} already holds a run: --resume continues it, --overwrite starts again, --out goes elsewhere"
+            f"{out} already holds a run: --resume continues it, --overwrite starts again, "
+            "--out FOLDER goes elsewhere"
         )
     return Trainer(recipe, load_data(args.data or "digits"), args.seed or 0, chosen), out
 
@@ -79,12 +89,16 @@ def _resume(args: argparse.Namespace, chosen) -> tuple[Trainer, Path]:
     source = Path(args.resume or args.out or f"out/{args.model or 'lenet5'}")
     state = load_checkpoint(source)
     if "recipe" not in state:
-        raise CheckpointError(f"{source}: holds weights alone; resume from a run's folder or its {STATE_FILE}")
+        raise CheckpointError(
+            f"{source}: holds weights alone; resume from a run's folder or its {STATE_FILE}"
+        )
     before = {**state["recipe"], "seed": state["seed"], "data": state["data"]}
     for key in ("model", "data", "seed", *OVERRIDES[1:]):
         asked = getattr(args, key)
         if asked is not None and asked != before[key]:
-            raise CheckpointError(f"{source} was trained with {key} {before[key]}: it cannot go on with {asked}")
+            raise CheckpointError(
+                f"{source} was trained with {key} {before[key]}: it cannot go on with {asked}"
+            )
     recipe = Recipe.from_dict(state["recipe"]).override(epochs=args.epochs)
     trainer = Trainer(recipe, load_data(state["data"]), state["seed"], chosen)
     trainer.restore(state)

@@ -43,8 +43,12 @@ class Recipe:
             raise ValueError(f"recipe: expected lr above 0, got {self.lr}")
 
     def override(self, **fields) -> Recipe:
-        """The same recipe with those of `fields` that are not None."""
-        return dataclasses.replace(self, **{k: v for k, v in fields.items() if v is not None})
+        """The same recipe with those of `fields` that are not None; another loss comes without the old one's
+        arguments."""
+        changed = {k: v for k, v in fields.items() if v is not None}
+        if changed.get("loss", self.loss) != self.loss:
+            changed.setdefault("loss_args", {})
+        return dataclasses.replace(self, **changed)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
