@@ -89,8 +89,9 @@ HOST_DEVICE Conv2dPhase conv2d_phase(int64_t phase, int64_t in, int64_t kernel, 
   }
   Conv2dPhase out{phase, in > phase ? (in - phase - 1) / stride + 1 : 0, 0, stride / gcd, 0, 0, dilation / gcd};
   // Tap r meets row h where (h + pad - r*dilation) is a multiple of stride; the first such r is below stride/gcd.
-  while (out.tap < out.tap_step && (phase + pad - out.tap * dilation) % stride != 0) ++out.tap;
-  if (out.tap < out.tap_step && out.tap < kernel) {
+  const int64_t last = min64(out.tap_step, kernel);
+  while (out.tap < last && (phase + pad - out.tap * dilation) % stride != 0) ++out.tap;
+  if (out.tap < last) {
     out.taps = (kernel - out.tap - 1) / out.tap_step + 1;
     out.base = (phase + pad - out.tap * dilation) / stride;
   }

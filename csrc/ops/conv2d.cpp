@@ -29,28 +29,33 @@ void check_geometry(const Geometry& g) {
     TORCH_CHECK(g.dilation[axis] > 0, kOp, ": expected dilation > 0, got ", g.dilation);
     // Far beyond any image, and small enough that no index below can overflow.
     TORCH_CHECK(std::max({g.stride[axis], g.padding[axis], g.dilation[axis]}) < (int64_t{1} << 31), kOp,
-                ": expected stride, padding and dilation below 2^31, got ", g.stride, ", ", g.padding, ", ", g.dilation);
+                ": expected stride, padding and dilation below 2^31, got ", g.stride, ", ", g.padding, ", ",
+                g.dilation);
   }
   TORCH_CHECK(g.groups > 0, kOp, ": expected groups > 0, got ", g.groups);
 }
 
 void check_shapes(at::IntArrayRef x, at::IntArrayRef weight, const Geometry& g) {
-  TORCH_CHECK(weight[2] > 0 && weight[3] > 0, kOp, ": expected a kernel of at least 1 x 1, got weight of shape ", weight);
+  TORCH_CHECK(weight[2] > 0 && weight[3] > 0, kOp,
+              ": expected a kernel of at least 1 x 1, got weight of shape ", weight);
   TORCH_CHECK(weight[2] < (int64_t{1} << 31) && weight[3] < (int64_t{1} << 31), kOp,
               ": expected a kernel below 2^31, got weight of shape ", weight);
-  TORCH_CHECK(weight[0] >= g.groups && weight[0] % g.groups == 0, kOp, ": expected output channels in ", g.groups,
-              " groups of equal size, got weight of shape ", weight);
+  TORCH_CHECK(weight[0] >= g.groups && weight[0] % g.groups == 0, kOp, ": expected output channels in ",
+              g.groups, " groups of equal size, got weight of shape ", weight);
   TORCH_CHECK(x[1] == weight[1] * g.groups, kOp, ": expected input of ", weight[1] * g.groups,
-              " channels (weight of shape ", weight, ", ", g.groups, " groups), got ", x[1], " (shape ", x, ")");
+              " channels (weight of shape ", weight, ", ", g.groups, " groups), got ", x[1], " (shape ", x,
+              ")");
   for (int axis = 0; axis < 2; ++axis) {
-    const int64_t room = x[2 + axis] + 2 * g.padding[axis], reach = g.dilation[axis] * (weight[2 + axis] - 1) + 1;
-    TORCH_CHECK(room >= reach, kOp, ": expected a kernel no larger than the padded input, got ", reach, " against ", room,
-                " (input of shape ", x, ", weight of shape ", weight, ")");
+    const int64_t room = x[2 + axis] + 2 * g.padding[axis],
+                  reach = g.dilation[axis] * (weight[2 + axis] - 1) + 1;
+    TORCH_CHECK(room >= reach, kOp, ": expected a kernel no larger than the padded input, got ", reach,
+                " against ", room, " (input of shape ", x, ", weight of shape ", weight, ")");
   }
 }
 
 // The sizes of a convolution and where its tensors lie, but for the pointers.
-Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayRef weight, const Geometry& g) {
+Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayRef weight,
+                         const Geometry& g) {
   Conv2dParams p{};
   p.dtype = dtype_of(any);
   p.N = x[0], p.C = x[1], p.H = x[2], p.W = x[3];
@@ -73,16 +78,19 @@ Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayR
 at::Tensor to_nhwc(const at::Tensor& t, int64_t* pixel) {
   *pixel = t.size(1);
   const auto s = t.strides();
-  if (t.numel() > 0 && s[1] == 1 && s[3] >= t.size(1) && s[2] == t.size(3) * s[3] && s[0] == t.size(2) * s[2]) {
+  if (t.numel() > 0 && s[1] == 1 && s[3] >= t.size(1) && s[2] == t.size(3) * s[3] &&
+      s[0] == t.size(2) * s[2]) {
     *pixel = s[3];
     return t;
   }
   return t.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// What a kernel writes: a channels_last tensor.
-at::Tensor empty_nhwc(at::IntArrayRef size, const at::TensorOptions& options) {
-  return at::empty(size, options.memory_format(at::MemoryFormat::ChannelsLast));
+// What a kernel writes, NHWC in memory; with one channel, one pixel or nothing in it, contiguous is that too.
+at::Tensor empty_nhwc(at::IntArrayRef size, const at::TensorOptions& options, bool channels_last) {
+  const bool both = size[0] * size[1] == 0 || size[1] == 1 || size[2] * size[3] <= 1;
+  return at::empty(size, options.memory_format(channels_last || !both ? at::MemoryFormat::ChannelsLast
+                                                                      : at::MemoryFormat::Contiguous));
 }
 
 at::Tensor in_format(const at::Tensor& nhwc, bool channels_last) { return channels_last ? nhwc : nhwc.contiguous(); }
@@ -109,12 +117,12 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::opti
   check_shapes(x.sizes(), weight.sizes(), geometry);
   if (bias) {
     check_like(kOp, "bias", *bias, x);
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp, ": expected bias of shape [", weight.size(0),
-                "], got ", bias->sizes());
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp, ": expected bias of shape [",
+                weight.size(0), "], got ", bias->sizes());
   }
   Conv2dParams p = make_params(x, x.sizes(), weight.sizes(), geometry);
-  const bool channels_last = is_channels_last(format_of(x)) || is_channels_last(format_of(weight));
-  at::Tensor y = empty_nhwc({p.N, p.K, p.P, p.Q}, x.options());
+  const bool channels_last = x.numel() > 0 && (is_channels_last(format_of(x)) || is_channels_last(format_of(weight)));
+  at::Tensor y = empty_nhwc({p.N, p.K, p.P, p.Q}, x.options(), channels_last);
   if (y.numel() == 0) return in_format(y, channels_last);
   const at::Tensor input = to_nhwc(x, &p.x_pixel), filter = weight.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor shift = bias ? bias->contiguous() : at::Tensor();
@@ -133,7 +141,8 @@ void check_grad(const at::Tensor& dy, const at::Tensor& other, const char* name,
   check_dim(kOp, "grad_output", dy, 4);
   check_like(kOp, name, other, dy);
   check_dim(kOp, name, other, 4);
-  TORCH_CHECK(x.size() == 4 && weight.size() == 4, kOp, ": expected sizes of 4 dimensions, got ", x, " and ", weight);
+  TORCH_CHECK(x.size() == 4 && weight.size() == 4, kOp, ": expected sizes of 4 dimensions, got ", x, " and ",
+              weight);
   check_geometry(geometry);
   check_shapes(x, weight, geometry);
   const Conv2dParams p = make_params(dy, x, weight, geometry);
@@ -143,12 +152,12 @@ void check_grad(const at::Tensor& dy, const at::Tensor& other, const char* name,
 }
 
 at::Tensor conv2d_input_grad(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef input_size,
-                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                             bool channels_last) {
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                             int64_t groups, bool channels_last) {
   const Geometry geometry{stride, padding, dilation, groups};
   check_grad(dy, weight, "weight", input_size, weight.sizes(), geometry);
   Conv2dParams p = make_params(dy, input_size, weight.sizes(), geometry);
-  at::Tensor dx = empty_nhwc(input_size, dy.options());
+  at::Tensor dx = empty_nhwc(input_size, dy.options(), channels_last);
   if (dx.numel() == 0) return in_format(dx, channels_last);
   const at::Tensor grad = to_nhwc(dy, &p.y_pixel), filter = weight.contiguous(at::MemoryFormat::ChannelsLast);
   p.dy = data(grad);
@@ -160,12 +169,12 @@ at::Tensor conv2d_input_grad(const at::Tensor& dy, const at::Tensor& weight, at:
 }
 
 at::Tensor conv2d_weight_grad(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef weight_size,
-                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                              bool channels_last) {
+                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                              int64_t groups, bool channels_last) {
   const Geometry geometry{stride, padding, dilation, groups};
   check_grad(dy, x, "input", x.sizes(), weight_size, geometry);
   Conv2dParams p = make_params(dy, x.sizes(), weight_size, geometry);
-  at::Tensor dweight = empty_nhwc(weight_size, dy.options());
+  at::Tensor dweight = empty_nhwc(weight_size, dy.options(), channels_last);
   if (dweight.numel() == 0) return in_format(dweight, channels_last);
   const at::Tensor grad = to_nhwc(dy, &p.y_pixel), input = to_nhwc(x, &p.x_pixel);
   p.dy = data(grad);
@@ -193,12 +202,12 @@ at::Tensor conv2d_bias_grad(const at::Tensor& dy) {
 }
 
 // "forward", "input_grad" or "weight_grad" of these sizes: the name of the algorithm that a CPU would take.
-std::string conv2d_algorithm(c10::string_view direction, at::IntArrayRef input_size, at::IntArrayRef weight_size,
-                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                             at::ScalarType dtype) {
+std::string conv2d_algorithm(c10::string_view direction, at::IntArrayRef input_size,
+                             at::IntArrayRef weight_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                             at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype) {
   const Geometry geometry{stride, padding, dilation, groups};
-  TORCH_CHECK(input_size.size() == 4 && weight_size.size() == 4, kOp, ": expected sizes of 4 dimensions, got ",
-              input_size, " and ", weight_size);
+  TORCH_CHECK(input_size.size() == 4 && weight_size.size() == 4, kOp,
+              ": expected sizes of 4 dimensions, got ", input_size, " and ", weight_size);
   check_geometry(geometry);
   check_shapes(input_size, weight_size, geometry);
   const Conv2dParams p = make_params(at::empty({0}, dtype), input_size, weight_size, geometry);
@@ -237,9 +246,10 @@ TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
          &conv2d_weight_grad);
   define(library, "conv2d_bias_grad(Tensor dy) -> Tensor", &conv2d_bias_grad);
 #if !defined(CUDA_CNN_EMULATED)
-  library.def("conv2d_algorithm(str direction, int[] input_size, int[] weight_size, int[2] stride, int[2] padding, "
-              "int[2] dilation, int groups, ScalarType dtype) -> str",
-              &conv2d_algorithm);
+  library.def(
+      "conv2d_algorithm(str direction, int[] input_size, int[] weight_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, ScalarType dtype) -> str",
+      &conv2d_algorithm);
   library.def("conv2d_set_algorithm(str name) -> bool", &conv2d_set_algorithm);
   library.def("conv2d_allow_winograd(bool allowed) -> ()", &conv2d_allow_winograd);
 #endif

@@ -29,7 +29,7 @@ def needs_function(*tensors: Tensor | None) -> bool:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on this tensor's device, or None outside autocast."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

@@ -91,11 +91,10 @@ void input_grad_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dP
 
 template <class T>
 void input_grad_gemm(const Conv2dParams& p) {
-  for (int64_t a = 0; a < p.stride_h; ++a) {
+  for (int64_t a = 0; a < min64(p.stride_h, p.H); ++a) {
     const Conv2dPhase h = conv2d_phase(a, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
-    for (int64_t b = 0; b < p.stride_w; ++b) {
+    for (int64_t b = 0; b < min64(p.stride_w, p.W); ++b) {
       const Conv2dPhase w = conv2d_phase(b, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
-      if (h.count == 0 || w.count == 0) continue;
       if (h.taps == 0 || w.taps == 0) {
         zero_phase<T>(p, h, w);
       } else {

@@ -18,6 +18,14 @@ struct LaneIndexOf<double> {
 template <class Acc, int kWidth, bool kUpper>
 CUDA_CNN_INLINE Vec<Acc> interleave(Vec<Acc> a, Vec<Acc> b) {
   constexpr int kCount = kLanes<Acc>;
+#if defined(__clang__)  // has no __builtin_shuffle, and finds the shuffle in this by itself
+  Vec<Acc> out = {};
+  for (int i = 0; i < kCount; ++i) {
+    const int lane = i - i / kWidth % 2 * kWidth + (kUpper ? kWidth : 0);
+    out[i] = i / kWidth % 2 ? b[lane] : a[lane];
+  }
+  return out;
+#else
   typedef typename LaneIndexOf<Acc>::type Index __attribute__((vector_size(kVectorBytes)));
   Index index = {};
 #pragma GCC unroll 16
@@ -26,6 +34,7 @@ CUDA_CNN_INLINE Vec<Acc> interleave(Vec<Acc> a, Vec<Acc> b) {
     index[i] = (i - from_b * kWidth + (kUpper ? kWidth : 0)) + from_b * kCount;
   }
   return __builtin_shuffle(a, b, index);
+#endif
 }
 
 // Swaps the off-diagonal blocks of width kWidth in each square of width 2*kWidth, then the larger ones.

@@ -1,0 +1,57 @@
+"""Switches of the CPU kernels, as attributes of this module.
+
+- `winograd` (bool, True): 3×3 convolutions of stride 1 in float32 may use Winograd's minimal filtering, which
+  is faster and rounds otherwise than a direct sum.
+- `conv2d_algorithm` (str, "auto"): forces one algorithm for every convolution that it can compute:
+  "winograd", "depthwise", "gemm" or "reference". For tests, benchmarks and readers who climb the ladder.
+
+`with cuda_cnn.backends.flags(winograd=False): …` sets them for a block. They hold for the whole process.
+"""
+
+import contextlib
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_values: dict[str, Any] = {"winograd": True, "conv2d_algorithm": "auto"}
+
+
+class _Backends(types.ModuleType):
+    @property
+    def winograd(self) -> bool:
+        return _values["winograd"]
+
+    @winograd.setter
+    def winograd(self, allowed: bool) -> None:
+        torch.ops.cuda_cnn.conv2d_allow_winograd(bool(allowed))
+        _values["winograd"] = bool(allowed)
+
+    @property
+    def conv2d_algorithm(self) -> str:
+        return _values["conv2d_algorithm"]
+
+    @conv2d_algorithm.setter
+    def conv2d_algorithm(self, name: str) -> None:
+        if not torch.ops.cuda_cnn.conv2d_set_algorithm(name):
+            raise ValueError(f"backends: expected a conv2d_algorithm that exists, got {name!r}")
+        _values["conv2d_algorithm"] = name
+
+
+@contextlib.contextmanager
+def flags(**values: Any) -> Iterator[None]:
+    """Sets the named switches for a block of code."""
+    module = sys.modules[__name__]
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+sys.modules[__name__].__class__ = _Backends
