@@ -53,7 +53,7 @@ endif
 $(STAMPS)/build: $(STAMPS)/requirements $(SOURCES)
 	$(PY) -m pip install -v --no-build-isolation --no-deps -e . > build/build.log 2>&1 \
 	  || { grep -v "^ *\[[0-9]*/[0-9]*\]" build/build.log | tail -n 60; exit 1; }
-	@grep "cuda_cnn: " build/build.log | sed 's/^ *//' || true
+	@sed -n 's/^ *\(cuda_cnn: .*\)/\1/p' build/build.log | sort -u
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/requirements requirements-dev.txt

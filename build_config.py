@@ -265,10 +265,6 @@ def compiler_version(compiler: str) -> str:
     return (_output([*compiler.split(), "--version"]).splitlines() or ["unknown"])[0]
 
 
-def is_clang(compiler: str) -> bool:
-    return "clang" in compiler_version(compiler)
-
-
 def commit(root: Path) -> str:
     return _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]).strip() or "unknown"
 

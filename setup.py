@@ -21,8 +21,8 @@ import build_config  # noqa: E402
 
 CSRC = ROOT / "csrc"
 COMPILED_ONCE = {"parallel.cpp", "workspace.cpp", "isa.cpp", "choose.cpp"}
-# A `#pragma GCC target` ahead of every include gives the code that -m flags would. A further set (avx512bf16, …)
-# is one more row here and in csrc/cpu/isa.h.
+# A target pragma ahead of every include gives the code that -m flags would. A further set (avx512bf16, …) is one
+# more row here and in csrc/cpu/isa.h.
 ISA_TARGETS = {
     "baseline": "",
     "avx2": "avx2,fma,f16c,bmi,bmi2",
@@ -31,10 +31,21 @@ ISA_TARGETS = {
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
 
 
-def instruction_sets(compiler: str) -> list[str]:
-    """clang ignores `#pragma GCC target`, so it builds the baseline alone, as do other processors."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return list(ISA_TARGETS) if x86 and not build_config.is_clang(compiler) else ["baseline"]
+ISA_UNIT = """\
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("{target}"))), apply_to = function)
+#else
+#pragma GCC target("{target}")
+#endif
+{unit}\
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+"""
+
+
+def instruction_sets() -> list[str]:
+    return list(ISA_TARGETS) if platform.machine().lower() in ("x86_64", "amd64") else ["baseline"]
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -48,9 +59,10 @@ def isa_unit(source: Path, isa: str) -> str:
     """Writes build/isa/cpu/<source>_<isa>.cpp; returns its path from ROOT."""
     relative = source.relative_to(CSRC)
     unit = Path("build", "isa", relative.with_name(f"{source.stem}_{isa}.cpp"))
-    target = f'#pragma GCC target("{ISA_TARGETS[isa]}")\n' if ISA_TARGETS[isa] else ""
-    defines = f"#define CUDA_CNN_ISA {isa}\n#define CUDA_CNN_ISA_{isa.upper()} 1\n"
-    write_if_changed(ROOT / unit, target + defines + f'#include "{relative.as_posix()}"\n')
+    text = f"#define CUDA_CNN_ISA {isa}\n#define CUDA_CNN_ISA_{isa.upper()} 1\n" + f'#include "{relative.as_posix()}"\n'
+    if ISA_TARGETS[isa]:
+        text = ISA_UNIT.format(target=ISA_TARGETS[isa], unit=text)
+    write_if_changed(ROOT / unit, text)
     return str(unit)
 
 
@@ -145,8 +157,8 @@ def main() -> None:
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # ninja's
     if decision.nvcc:  # before torch.utils.cpp_extension is imported, which reads them
         os.environ.update(CUDA_HOME=decision.nvcc.home, TORCH_CUDA_ARCH_LIST=decision.architectures)
-    isas = instruction_sets(facts.compiler)
-    variant = "-cuda" * decision.cuda + "-sanitize" * knobs.sanitize + "-debug" * knobs.debug
+    isas = instruction_sets()
+    variant = f"-{Path(knobs.cxx).name}" + "-cuda" * decision.cuda + "-sanitize" * knobs.sanitize + "-debug" * knobs.debug
     info = build_info(facts, decision, isas)
     setup(ext_modules=[extension(decision, knobs, isas)], cmdclass={"build_ext": build_command(info, variant)})
 
