@@ -75,7 +75,7 @@ format: $(STAMPS)/dev ## ruff and clang-format
 	clang-format -i $(CXX_FILES)
 
 asan: build ## the operators' tests over kernels built with AddressSanitizer and UBSan
-	.ci/asan $(PY) $(ARGS)
+	PYTHON=$(PY) .ci/steps/10-asan $(ARGS)
 
 sanitize: build ## the CUDA tests under compute-sanitizer: needs a GPU
 	for tool in memcheck racecheck initcheck synccheck; do \
