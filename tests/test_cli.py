@@ -19,6 +19,17 @@ Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
 QUICK = ["--epochs", "1", "--batch-size", "64", "--seed", "3", "--quiet"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tests run side by side, and start programs: two threads each would wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
 def run(capsys, *argv: str) -> tuple[int, str, str]:
     status = cli.main(list(argv))
     captured = capsys.readouterr()
@@ -26,7 +37,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(one_thread, tmp_path_factory):
     """Three epochs of LeNet-5: enough to read most digits."""
     out = tmp_path_factory.mktemp("runs") / "lenet5"
     assert cli.main(["train", "--epochs", "3", "--batch-size", "16", "--quiet", "--out", str(out)]) == 0
@@ -71,6 +82,7 @@ def test_each_command_has_help(capsys, name):
         (["train", "--data", "digitz", "--out", "OUT"], "unknown data set 'digitz': did you mean 'digits'"),
         (["train", "--data", "mnist:/nowhere", "--out", "OUT"], "/nowhere is not a folder"),
         (["train", "--device", "gpu", "--out", "OUT"], "'gpu' is no device"),
+        (["train", "--threads", "-1", "--out", "OUT"], "threads of at least 0"),
         (["train", "--epochs", "0", "--out", "OUT"], "epochs of at least 1"),
         (["train", "--loss", "cross_entropy", "--out", "OUT"], "does not suit lenet5"),
         (["train", "--resume", "OUT"], "no such checkpoint"),

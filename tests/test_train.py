@@ -28,8 +28,17 @@ pytest.importorskip("sklearn", reason="the bundled digits need scikit-learn")
 pytest.importorskip("safetensors", reason="weights.safetensors needs safetensors")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tests run side by side: two threads each would wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def data() -> Data:
+def data(one_thread) -> Data:
     """A few of the digits, so that an epoch is seven steps."""
     digits = load_data("digits")
     train = ImageSet(digits.train.images[:100], digits.train.labels[:100])

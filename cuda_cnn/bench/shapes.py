@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..models.registry import nearest
 
-__all__ = ["LAYERS", "NETWORKS", "Layer", "layers"]
+__all__ = ["LAYERS", "NETWORKS", "Layer", "layers", "short_name"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,10 @@ LAYERS: tuple[Layer, ...] = (
 )
 
 NETWORKS: tuple[str, ...] = tuple(dict.fromkeys(layer.network for layer in LAYERS))
+
+
+def short_name(layer: Layer) -> str:
+    return f"{layer.network}/{layer.name}"
 
 
 def layers(network: str | None = None, op: str | None = None) -> list[Layer]:

@@ -113,7 +113,7 @@ class Trainer:
         Ctrl-C and SIGTERM finish the step, save and raise Interrupted. Raises NonFiniteError on a NaN loss.
         """
         progress = progress or Progress(silent=True)
-        with progress, self._stop_on_signals():
+        with progress, self._stop_on_signals(), cpu_threads(self.recipe.threads):
             while self.epoch < self.recipe.epochs:
                 progress.start(self.epoch, self.recipe.epochs, self.steps_per_epoch, self.step)
                 self._train_epoch(folder, progress)
@@ -240,6 +240,17 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """That many threads inside; 0 keeps the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def model_arguments(name: str, data: Data) -> dict:

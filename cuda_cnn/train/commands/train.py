@@ -14,7 +14,7 @@ from ..progress import Progress
 from ..recipes import Recipe, list_recipes, load_recipe
 from . import device
 
-OVERRIDES = ("epochs", "batch_size", "lr", "optimizer", "schedule", "loss")
+OVERRIDES = ("epochs", "batch_size", "lr", "optimizer", "schedule", "loss", "threads")
 
 
 def add_parser(subparsers) -> None:
@@ -39,6 +39,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1 … (default: the GPU where there is one)"
     )
+    parser.add_argument("--threads", type=int, help="CPU threads (default: the recipe's)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
     parser.set_defaults(run=main)
 
@@ -85,7 +86,7 @@ def _recipe(name: str | None, model: str) -> Recipe:
 
 
 def _resume(args: argparse.Namespace, chosen) -> tuple[Trainer, Path]:
-    """The run in the checkpoint; only its number of epochs, its device and its folder may be changed."""
+    """The run in the checkpoint; only its epochs, threads, device and folder may be changed."""
     source = Path(args.resume or args.out or f"out/{args.model or 'lenet5'}")
     state = load_checkpoint(source)
     if "recipe" not in state:
@@ -93,13 +94,13 @@ def _resume(args: argparse.Namespace, chosen) -> tuple[Trainer, Path]:
             f"{source}: holds weights alone; resume from a run's folder or its {STATE_FILE}"
         )
     before = {**state["recipe"], "seed": state["seed"], "data": state["data"]}
-    for key in ("model", "data", "seed", *OVERRIDES[1:]):
+    for key in ("model", "data", "seed", *OVERRIDES[1:-1]):
         asked = getattr(args, key)
         if asked is not None and asked != before[key]:
             raise CheckpointError(
                 f"{source} was trained with {key} {before[key]}: it cannot go on with {asked}"
             )
-    recipe = Recipe.from_dict(state["recipe"]).override(epochs=args.epochs)
+    recipe = Recipe.from_dict(state["recipe"]).override(epochs=args.epochs, threads=args.threads)
     trainer = Trainer(recipe, load_data(state["data"]), state["seed"], chosen)
     trainer.restore(state)
     return trainer, Path(args.out) if args.out else source if source.is_dir() else source.parent

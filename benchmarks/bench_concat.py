@@ -1,0 +1,11 @@
+"""concat on the layers that use it, forward and with all gradients, beside torch's."""
+
+import pytest
+
+from cuda_cnn.bench.shapes import layers, short_name
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "train"])
+@pytest.mark.parametrize("layer", layers(op="concat"), ids=short_name)
+def bench_concat(against_torch, layer, backward):
+    against_torch(layer, backward)

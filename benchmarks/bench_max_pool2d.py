@@ -1,0 +1,11 @@
+"""max_pool2d on the layers that use it, forward and with all gradients, beside torch's."""
+
+import pytest
+
+from cuda_cnn.bench.shapes import layers, short_name
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "train"])
+@pytest.mark.parametrize("layer", layers(op="max_pool2d"), ids=short_name)
+def bench_max_pool2d(against_torch, layer, backward):
+    against_torch(layer, backward)
