@@ -1,10 +1,13 @@
 // Local response normalisation across channels (kernels/local_response_norm.h has the formulas).
 //
-//   packs   channels_last, window of at most 5, 16-byte packs: the tensor as one sequence of packs, one a lane.
-//           The neighbours' squares, and in the backward pass their terms, come by shuffle: no shared memory, no
-//           idle lane where a pixel has few channels. Lanes 0 and 31 only serve their neighbours.
-//   tile    everything else: a block takes some columns (pixels) and a stretch of channels with the windows' reach
-//           on both sides into shared memory; neighbouring threads touch neighbouring addresses in either layout.
+//   packs   channels_last, window of at most 5, 16-byte packs: the tensor as one sequence of packs, one a
+//   lane.
+//           The neighbours' squares, and in the backward pass their terms, come by shuffle: no shared memory,
+//           no idle lane where a pixel has few channels. Lanes 0 and 31 only serve their neighbours.
+//   tile    everything else: a block takes some columns (pixels) and a stretch of channels with the windows'
+//   reach
+//           on both sides into shared memory; neighbouring threads touch neighbouring addresses in either
+//           layout.
 //   plain   windows too long for a tile: every thread walks its windows in global memory.
 #include "kernels/local_response_norm.h"
 
@@ -52,8 +55,8 @@ constexpr int kUsefulLanes = kWarpSize - 2;
 
 // sums[i] = Σ values[i − before … i + after] over this lane's pack and its neighbours'.
 template <int kPack>
-__device__ __forceinline__ void window_sums(float (&sums)[kPack], const float (&values)[kPack], int before, int after,
-                                            bool has_left, bool has_right) {
+__device__ __forceinline__ void window_sums(float (&sums)[kPack], const float (&values)[kPack], int before,
+                                            int after, bool has_left, bool has_right) {
   float row[kPack + 2 * kReach];
 #pragma unroll
   for (int i = 0; i < kReach; ++i) {
@@ -130,17 +133,18 @@ struct TileShape {
   int channels, columns;  // channels with the reach on both sides
   int useful;             // channels that a tile writes
   int reach;
-  bool channels_first;    // neighbouring threads hold neighbouring channels
+  bool channels_first;  // neighbouring threads hold neighbouring channels
 };
 
 struct TileSize {
   int64_t outer, channels, inner;
 };
 
-// Calls fn(channel of the tensor, index into scratch, distance of channels in scratch, offset in memory) for the
-// elements of this thread whose channel lies `margin` inside of the tile.
+// Calls fn(channel of the tensor, index into scratch, distance of channels in scratch, offset in memory) for
+// the elements of this thread whose channel lies `margin` inside of the tile.
 template <class Fn>
-__device__ __forceinline__ void for_each_element(const TileShape& tile, const TileSize& size, int margin, Fn fn) {
+__device__ __forceinline__ void for_each_element(const TileShape& tile, const TileSize& size, int margin,
+                                                 Fn fn) {
   const int64_t first_channel = int64_t{blockIdx.y} * tile.useful - tile.reach;
   const int64_t first_column = int64_t{blockIdx.x} * tile.columns;
   const int step = tile.channels_first ? 1 : tile.columns;
@@ -150,7 +154,8 @@ __device__ __forceinline__ void for_each_element(const TileShape& tile, const Ti
     const int64_t c = first_channel + channel, at = first_column + column;
     const bool useful = channel >= margin && channel < tile.channels - margin;
     const bool inside = c >= 0 && c < size.channels && at < size.outer * size.inner;
-    const int64_t image = at / size.inner, offset = (image * size.channels + c) * size.inner + at % size.inner;
+    const int64_t image = at / size.inner,
+                  offset = (image * size.channels + c) * size.inner + at % size.inner;
     if (useful) fn(inside, i, step, offset);
   }
 }
@@ -199,8 +204,8 @@ __global__ void __launch_bounds__(kThreads)
 // ---- plain ----
 
 template <class T>
-__device__ Accumulator<T> scale_at(const Constants<Accumulator<T>>& constants, const TileSize& size, const T* column,
-                                   int64_t c) {
+__device__ Accumulator<T> scale_at(const Constants<Accumulator<T>>& constants, const TileSize& size,
+                                   const T* column, int64_t c) {
   Accumulator<T> sum = 0;
   const int64_t last = min64(c + constants.after, size.channels - 1);
   for (int64_t j = max64(c - constants.before, 0); j <= last; ++j) {
@@ -212,8 +217,8 @@ __device__ Accumulator<T> scale_at(const Constants<Accumulator<T>>& constants, c
 
 template <class T, bool kBackward>
 __global__ void __launch_bounds__(kThreads)
-    lrn_plain(Constants<Accumulator<T>> constants, TileSize size, const T* __restrict__ x, const T* __restrict__ dy,
-              T* __restrict__ out) {
+    lrn_plain(Constants<Accumulator<T>> constants, TileSize size, const T* __restrict__ x,
+              const T* __restrict__ dy, T* __restrict__ out) {
   using A = Accumulator<T>;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= size.outer * size.channels * size.inner) return;
@@ -238,8 +243,9 @@ __global__ void __launch_bounds__(kThreads)
 bool takes_packs(const LocalResponseNormParams& p) {
   const int64_t row_bytes = p.channels * element_size(p.dtype);
   const int64_t packs = p.outer * row_bytes / 16;
-  return p.inner == 1 && lrn_before(p.size) <= kReach && p.dtype != DType::kFloat64 && packs < (int64_t{1} << 31) &&
-         is_aligned(p.x, row_bytes) && is_aligned(p.dy, row_bytes) && is_aligned(p.out, row_bytes);
+  return p.inner == 1 && lrn_before(p.size) <= kReach && p.dtype != DType::kFloat64 &&
+         packs < (int64_t{1} << 31) && is_aligned(p.x, row_bytes) && is_aligned(p.dy, row_bytes) &&
+         is_aligned(p.out, row_bytes);
 }
 
 TileShape tile_shape(const LocalResponseNormParams& p, int reach) {
@@ -256,8 +262,9 @@ void launch_packs(const LocalResponseNormParams& p, Stream stream) {
   const uint32_t per_pixel = static_cast<uint32_t>(p.channels / kPackSize<T>);
   const uint32_t packs = static_cast<uint32_t>(p.outer * per_pixel);
   const int64_t blocks = ceil_div(packs, int64_t{kUsefulLanes} * kWarps);
-  launch(lrn_packs<T, kBackward>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, Constants<float>(p), packs,
-         per_pixel, static_cast<const T*>(p.x), static_cast<const T*>(p.dy), static_cast<T*>(p.out));
+  launch(lrn_packs<T, kBackward>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream,
+         Constants<float>(p), packs, per_pixel, static_cast<const T*>(p.x), static_cast<const T*>(p.dy),
+         static_cast<T*>(p.out));
 }
 
 template <class T, bool kBackward>
@@ -269,11 +276,12 @@ void run(const LocalResponseNormParams& p, Stream stream) {
   if constexpr (!std::is_same_v<T, double>) {
     if (takes_packs(p)) return launch_packs<T, kBackward>(p, stream);
   }
-  const int reach = (constants.before > constants.after ? constants.before : constants.after) * (kBackward ? 2 : 1);
+  const int reach =
+      (constants.before > constants.after ? constants.before : constants.after) * (kBackward ? 2 : 1);
   if (reach > kMaxTileReach) {
     const int64_t blocks = ceil_div(p.outer * p.channels * p.inner, kThreads);
-    launch(lrn_plain<T, kBackward>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, constants, size, x, dy,
-           static_cast<T*>(p.out));
+    launch(lrn_plain<T, kBackward>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, constants, size,
+           x, dy, static_cast<T*>(p.out));
     return;
   }
   const TileShape tile = tile_shape(p, reach);
@@ -291,7 +299,11 @@ void run_any(const LocalResponseNormParams& p, Stream stream) {
 
 }  // namespace
 
-void local_response_norm_forward(const LocalResponseNormParams& p, Stream stream) { run_any<false>(p, stream); }
-void local_response_norm_backward(const LocalResponseNormParams& p, Stream stream) { run_any<true>(p, stream); }
+void local_response_norm_forward(const LocalResponseNormParams& p, Stream stream) {
+  run_any<false>(p, stream);
+}
+void local_response_norm_backward(const LocalResponseNormParams& p, Stream stream) {
+  run_any<true>(p, stream);
+}
 
 }  // namespace cuda_cnn::cuda

@@ -1,0 +1,127 @@
+// Sums over the pixels of each channel of an NHWC tensor, in an order that the shape alone decides: the
+// gradient of the bias, and the mean and variance of an output whose own kernel left no partial sums.
+//
+//   part_sums     (sum, M2) of kSumPixels pixels, M2 = sum of squared distances from their mean, about a
+//   pivot finish_sums   all parts together in float64: var = (sum of M2 + sum^2 / n) / M - mean^2
+#include "cuda/conv2d/kernels.h"
+#include "cuda/launch.cuh"
+#include "cuda/vec.cuh"
+
+namespace cuda_cnn::cuda::conv2d {
+namespace {
+
+constexpr int kColumns = 32, kLines = 8;  // a block: neighbouring channels, and shares of the pixels
+
+template <class A>
+struct PartShared {
+  A sum[kLines][kColumns], square[kLines][kColumns], pivot[kColumns];
+};
+
+template <class T>
+__global__ void __launch_bounds__(kColumns* kLines)
+    part_sums(int64_t pixels, int64_t channels, int64_t pixel_stride, const T* __restrict__ data,
+              Accumulator<T>* __restrict__ partials) {
+  using A = Accumulator<T>;
+  auto& shared = shared_storage<PartShared<A>>();
+  const int column = threadIdx.x % kColumns, line = threadIdx.x / kColumns;
+  const int64_t channel = int64_t{blockIdx.y} * kColumns + column, first = int64_t{blockIdx.x} * kSumPixels;
+  const bool exists = channel < channels;
+  const int count = static_cast<int>(min64(kSumPixels, pixels - first));
+  const T* from = data + first * pixel_stride + channel;
+  const A pivot = exists ? widen_fast(from[0]) : A(0);
+  A sum = 0, square = 0;
+  if (exists) {
+    for (int i = line; i < count; i += kLines) {
+      const A difference = widen_fast(from[i * pixel_stride]) - pivot;
+      sum += difference;
+      square += difference * difference;
+    }
+  }
+  shared.sum[line][column] = sum;
+  shared.square[line][column] = square;
+  __syncthreads();
+  if (line != 0 || !exists) return;
+  for (int other = 1; other < kLines; ++other) {
+    sum += shared.sum[other][column];
+    square += shared.square[other][column];
+  }
+  const A spread = square - sum * (sum / count);
+  A* out = partials + (blockIdx.x * channels + channel) * 2;
+  out[0] = pivot * count + sum;
+  out[1] = spread < 0 ? A(0) : spread;
+}
+
+struct FinishShared {
+  double sum[kLines][kColumns], square[kLines][kColumns];
+};
+
+template <class T>
+__global__ void __launch_bounds__(kColumns* kLines)
+    finish_sums(int64_t pixels, int64_t channels, int64_t rows, const Accumulator<T>* __restrict__ partials,
+                Accumulator<T>* __restrict__ mean, Accumulator<T>* __restrict__ variance,
+                T* __restrict__ total) {
+  auto& shared = shared_storage<FinishShared>();
+  const int column = threadIdx.x % kColumns, line = threadIdx.x / kColumns;
+  const int64_t channel = int64_t{blockIdx.x} * kColumns + column;
+  double sum = 0, square = 0;
+  if (channel < channels) {
+    for (int64_t part = line; part * rows < pixels; part += kLines) {
+      const double count = static_cast<double>(min64(rows, pixels - part * rows));
+      const double part_sum = partials[(part * channels + channel) * 2];
+      sum += part_sum;
+      square += partials[(part * channels + channel) * 2 + 1] + part_sum * part_sum / count;
+    }
+  }
+  shared.sum[line][column] = sum;
+  shared.square[line][column] = square;
+  __syncthreads();
+  if (line != 0 || channel >= channels) return;
+  for (int other = 1; other < kLines; ++other) {
+    sum += shared.sum[other][column];
+    square += shared.square[other][column];
+  }
+  const double average = sum / pixels, spread = square / pixels - average * average;
+  if (mean) mean[channel] = static_cast<Accumulator<T>>(average);
+  if (variance) variance[channel] = static_cast<Accumulator<T>>(spread < 0 ? 0 : spread);
+  if (total) total[channel] = narrow<T>(static_cast<Accumulator<T>>(sum));
+}
+
+template <class T>
+void finish(const Conv2dParams& p, const ColumnPartials& partials, void* mean, void* variance, void* total,
+            Stream stream) {
+  using A = Accumulator<T>;
+  launch(finish_sums<T>, dim3(static_cast<unsigned>(ceil_div(p.K, kColumns))), kColumns * kLines,
+         sizeof(FinishShared), stream, p.N * p.P * p.Q, p.K, partials.rows,
+         static_cast<const A*>(partials.data), static_cast<A*>(mean), static_cast<A*>(variance),
+         static_cast<T*>(total));
+}
+
+template <class T>
+void sum_parts(const Conv2dParams& p, const void* data, void* workspace, Stream stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.N * p.P * p.Q, kSumPixels)),
+                  static_cast<unsigned>(ceil_div(p.K, kColumns)));
+  launch(part_sums<T>, grid, kColumns * kLines, sizeof(PartShared<Accumulator<T>>), stream, p.N * p.P * p.Q,
+         p.K, p.y_pixel, static_cast<const T*>(data), static_cast<Accumulator<T>*>(workspace));
+}
+
+}  // namespace
+
+void finish_statistics(const Conv2dParams& p, const ColumnPartials& partials, Stream stream) {
+  dispatch_dtype(
+      p.dtype, [&](auto type) { finish<decltype(type)>(p, partials, p.mean, p.variance, nullptr, stream); });
+}
+
+void output_statistics(const Conv2dParams& p, void* workspace, Stream stream) {
+  dispatch_dtype(p.dtype, [&](auto type) { sum_parts<decltype(type)>(p, p.y, workspace, stream); });
+  finish_statistics(p, {workspace, kSumPixels}, stream);
+}
+
+void bias_gradient(const Conv2dParams& p, void* workspace, Stream stream) {
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    sum_parts<T>(p, p.dy, workspace, stream);
+    finish<T>(p, {workspace, kSumPixels}, nullptr, nullptr, p.dbias, stream);
+  });
+}
+
+}  // namespace cuda_cnn::cuda::conv2d

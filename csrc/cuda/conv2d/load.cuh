@@ -1,0 +1,180 @@
+// Filling the tiles of the two implicit products.
+//
+//   kAsync   16-byte cp.async, zeros outside: nothing passes through registers.
+//   kMapped  16-byte loads, the prologue in registers, 16-byte stores: the values are still on their way
+//   while the
+//            previous tile is multiplied.
+//   kScalar  element by element, for channels that do not fill 16 bytes (stems, odd counts, one channel a
+//   group):
+//            the reduction stays dense over (r, s, c). Applies a prologue too.
+#pragma once
+
+#include "cuda/conv2d/problem.h"
+#include "cuda/conv2d/tile.cuh"
+
+namespace cuda_cnn::cuda::conv2d {
+
+template <class T>
+__device__ __forceinline__ T zero_of() {
+  return narrow<T>(Accumulator<T>(0));
+}
+
+template <class T>
+__device__ __forceinline__ Accumulator<T> mapped(const Prologue& prologue, Accumulator<T> value,
+                                                 int channel) {
+  using A = Accumulator<T>;
+  const A scale = prologue.scale ? static_cast<const A*>(prologue.scale)[channel] : A(1);
+  const A shift = prologue.shift ? static_cast<const A*>(prologue.shift)[channel] : A(0);
+  return conv2d_prologue(value, scale, shift, prologue.relu);
+}
+
+template <class T>
+__device__ __forceinline__ void map_pack(Pack<T, kPackSize<T>>& pack, const Prologue& prologue, int channel) {
+#pragma unroll
+  for (int e = 0; e < kPackSize<T>; ++e) {
+    pack.elements[e] = narrow_fast<T>(mapped<T>(prologue, widen_fast(pack.elements[e]), channel + e));
+  }
+}
+
+// Tile of kRows output pixels: 64 bytes of each one's taps and channels.
+template <class T, int kRows, Load kLoad>
+class PixelRows {
+  static constexpr int kPack = kPackSize<T>;
+  static constexpr int kChunks = kReductionBytes / kChunkBytes;
+  static constexpr int kStep = kThreads / kChunks;  // rows between a thread's chunks
+  static constexpr int kCount = kRows / kStep;
+  using Layout = ReductionRows<T>;
+
+ public:
+  __device__ PixelRows(const Correlation& p, const Axis& h, const Axis& w, int group, int first_pixel,
+                       int pixels)
+      : p_(p), h_(h), w_(w), group_channel_(group * p.source.channels) {
+    walk_ = TapWalk::at(chunk() * kPack, p.source.channels, w.taps);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int pixel = first_pixel + row(i);
+      const bool exists = pixel < pixels;
+      const int line = exists ? pixel / w.count : 0, image = line / h.count;
+      top_[i] = exists ? source_at(h, line % h.count, 0) : kOutside;
+      left_[i] = source_at(w, exists ? pixel % w.count : 0, 0);
+      const int64_t position = (int64_t{image} * p.source.height + top_[i]) * p.source.width + left_[i];
+      base_[i] = static_cast<const T*>(p.source.data) + position * p.source.pixel + group_channel_;
+    }
+  }
+
+  // Begins the next tile; finish() completes it, except where the copies are asynchronous.
+  __device__ __forceinline__ void start(uint32_t tile) {
+    if constexpr (kLoad == Load::kScalar) {
+      gather_elements();
+    } else {
+      gather_chunks(tile);
+    }
+  }
+
+  __device__ __forceinline__ void finish(uint32_t tile) {
+    if constexpr (kLoad != Load::kAsync) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (kLoad == Load::kMapped && (inside_ >> i & 1)) map_pack<T>(staged_[i], p_.prologue, channel_);
+        ptx::store_shared(tile + Layout::offset(row(i), chunk()), staged_[i]);
+      }
+    }
+  }
+
+ private:
+  __device__ static int chunk() { return threadIdx.x % kChunks; }
+  __device__ static int row(int i) { return threadIdx.x / kChunks + i * kStep; }
+
+  __device__ __forceinline__ bool has_tap(int i, const TapWalk& at) const {
+    return inside(top_[i] + at.r * h_.tap, p_.source.height) &&
+           inside(left_[i] + at.s * w_.tap, p_.source.width);
+  }
+  __device__ __forceinline__ int64_t offset_of(const TapWalk& at) const {
+    return (int64_t{at.r * h_.tap} * p_.source.width + at.s * w_.tap) * p_.source.pixel + at.c;
+  }
+
+  __device__ __forceinline__ void gather_chunks(uint32_t tile) {
+    const bool in_sum = walk_.r < h_.taps;
+    const int64_t offset = offset_of(walk_);
+    inside_ = 0;
+    channel_ = group_channel_ + walk_.c;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const bool valid = in_sum && has_tap(i, walk_);
+      if constexpr (kLoad == Load::kAsync) {
+        ptx::copy_async<16>(tile + Layout::offset(row(i), chunk()),
+                            valid ? base_[i] + offset : p_.source.data, valid ? 16 : 0);
+      } else {
+        inside_ |= unsigned{valid} << i;
+        staged_[i] = valid ? load_pack<kPack>(base_[i] + offset) : Pack<T, kPack>{};
+      }
+    }
+    walk_.advance(kDepth<T>, p_.source.channels, w_.taps);
+  }
+
+  __device__ __forceinline__ void gather_elements() {
+    TapWalk at = walk_;
+    const bool map = p_.prologue.any();
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) {
+      const bool in_sum = at.r < h_.taps;
+      const int64_t offset = offset_of(at);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        T value = zero_of<T>();
+        if (in_sum && has_tap(i, at)) {
+          value = base_[i][offset];
+          if (map) value = narrow_fast<T>(mapped<T>(p_.prologue, widen_fast(value), group_channel_ + at.c));
+        }
+        staged_[i].elements[e] = value;
+      }
+      at.advance(1, p_.source.channels, w_.taps);
+    }
+    walk_.advance(kDepth<T>, p_.source.channels, w_.taps);
+  }
+
+  const Correlation& p_;
+  const Axis &h_, &w_;
+  const int group_channel_;
+  TapWalk walk_;
+  int top_[kCount], left_[kCount];
+  const T* base_[kCount];
+  Pack<T, kPack> staged_[kLoad == Load::kAsync ? 1 : kCount];
+  unsigned inside_ = 0;
+  int channel_ = 0;
+};
+
+// Tile of kRows weight rows: 64 bytes of each. Rows are whole packs, so this is always asynchronous.
+template <class T, int kRows>
+class WeightRows {
+  static constexpr int kPack = kPackSize<T>;
+  static constexpr int kChunks = kReductionBytes / kChunkBytes;
+  static constexpr int kStep = kThreads / kChunks;
+
+ public:
+  __device__ WeightRows(const void* weight, int64_t row_length, int first_row, int rows)
+      : base_(static_cast<const T*>(weight) + first_row * row_length),
+        length_(row_length),
+        rows_(rows - first_row) {}
+
+  __device__ __forceinline__ void start(uint32_t tile) {
+    const int chunk = threadIdx.x % kChunks;
+    const int64_t at = position_ + chunk * kPack;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) {
+      const int row = threadIdx.x / kChunks + i * kStep;
+      const bool valid = row < rows_ && at < length_;
+      ptx::copy_async<16>(tile + ReductionRows<T>::offset(row, chunk),
+                          valid ? base_ + row * length_ + at : base_, valid ? 16 : 0);
+    }
+    position_ += kDepth<T>;
+  }
+
+ private:
+  const T* base_;
+  const int64_t length_;
+  const int rows_;
+  int64_t position_ = 0;
+};
+
+}  // namespace cuda_cnn::cuda::conv2d

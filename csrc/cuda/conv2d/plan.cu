@@ -1,0 +1,212 @@
+// The choice of a convolution's kernel. Every number has its reason beside it.
+#include "cuda/conv2d/plan.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/vec.cuh"
+
+namespace cuda_cnn::cuda::conv2d {
+namespace {
+
+// Blocks that keep a card busy: the multiprocessors of an H100; an A100 has 108.
+constexpr int64_t kFullGrid = 132;
+// Weight gradients have few tiles and a long reduction: two blocks a multiprocessor, whatever the card.
+constexpr int64_t kSplitGrid = 264;
+constexpr int64_t kMaxSplits = 128;  // bounds the workspace, and the time of adding them up
+constexpr int64_t kMaxPixels = (int64_t{1} << 31) - 65536;  // a tile past the end must not wrap around
+constexpr int64_t kMaxReduction = int64_t{1} << 30;
+constexpr int64_t kMaxGrid = 65535;        // in y and z
+constexpr int64_t kMaxStrides = 1024;      // every phase has weights of its own
+constexpr int64_t kMaxDepthwiseTaps = 64;  // they lie in shared memory
+
+int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+// Whether positions, pixels and reductions fit into the products' 32-bit arithmetic.
+bool fits_product(Conv2dDirection direction, const Conv2dParams& p) {
+  const auto reach = [](int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad,
+                        int64_t dilation) {
+    return in + out * stride + kernel * dilation + (pad < 0 ? -pad : pad);
+  };
+  const int64_t h = reach(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
+  const int64_t w = reach(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
+  const bool phased = direction == Conv2dDirection::kInputGrad;
+  const int64_t phases = phased ? kMaxPhases * kMaxPhases : 1;
+  return p.N * p.H * p.W < kMaxPixels && p.N * p.P * p.Q < kMaxPixels && h < kFarthest && w < kFarthest &&
+         p.R * p.S < kMaxReduction && p.R * p.S * (p.C / p.groups) < kMaxReduction &&
+         p.R * p.S * (p.K / p.groups) < kMaxReduction && p.C > 0 && p.K > 0 && p.C < kMaxReduction &&
+         p.K < kMaxReduction && p.groups * phases <= kMaxGrid &&
+         (!phased || p.stride_h * p.stride_w <= kMaxStrides);
+}
+
+bool is_depthwise(const Conv2dParams& p) {
+  return p.C > 0 && p.C == p.groups && p.K == p.groups && p.R * p.S <= kMaxDepthwiseTaps &&
+         p.N * p.H * p.W < kMaxPixels && p.N * p.P * p.Q < kMaxPixels;
+}
+
+Method choose_method(Conv2dDirection direction, const Conv2dParams& p) {
+  const bool fits = fits_product(direction, p);
+  switch (p.algorithm) {
+    case Conv2dAlgorithm::kReference:
+      return Method::kDirect;
+    case Conv2dAlgorithm::kDepthwise:
+      if (is_depthwise(p)) return Method::kDepthwise;
+      break;
+    case Conv2dAlgorithm::kGemm:
+      if (fits) return Method::kProduct;
+      break;
+    default:
+      break;
+  }
+  // A product with one column a group would use one of 64.
+  if (is_depthwise(p)) return Method::kDepthwise;
+  return fits ? Method::kProduct : Method::kDirect;
+}
+
+// Whether the operand's channels come in whole, aligned 16-byte chunks.
+bool in_chunks(const void* data, int64_t pixel, int64_t group_channels, DType dtype) {
+  const int64_t bytes = element_size(dtype);
+  return is_aligned(data, pixel * bytes) && group_channels * bytes % 16 == 0;
+}
+
+void choose_load(Plan& plan, Conv2dDirection direction, const Conv2dParams& p) {
+  const bool x = in_chunks(p.x, p.x_pixel, p.C / p.groups, p.dtype);
+  const bool dy = in_chunks(p.dy, p.y_pixel, p.K / p.groups, p.dtype);
+  const bool chunks = direction == Conv2dDirection::kForward     ? x
+                      : direction == Conv2dDirection::kInputGrad ? dy
+                                                                 : x && dy;
+  const bool map = direction != Conv2dDirection::kInputGrad && (p.in_scale || p.in_shift || p.in_relu);
+  plan.load = !chunks ? Load::kScalar : map ? Load::kMapped : Load::kAsync;
+  // One instance for what is rare: float64, and weight gradients through a prologue.
+  if (p.dtype == DType::kFloat64) plan.load = Load::kScalar;
+  if (direction == Conv2dDirection::kWeightGrad && plan.load == Load::kMapped) plan.load = Load::kScalar;
+}
+
+// The largest tile (most products a byte of shared memory) that still gives every multiprocessor a block.
+void choose_tile(Plan& plan, int64_t rows, int64_t columns, int64_t batch, bool weight_grad, DType dtype) {
+  const auto blocks = [&](int r, int c) { return ceil_div(rows, r) * ceil_div(columns, c) * batch; };
+  const auto set = [&](int r, int c) { plan.tile_rows = r, plan.tile_columns = c; };
+  if (dtype == DType::kFloat64) return set(64, 64);  // twice the registers a sum
+  if (!plan.tensor_cores) return set(128, 64);       // 8 x 8 sums a thread
+  if (weight_grad) {
+    // Splitting fills the grid; the smaller tile is for the small layers that a large one would mostly pad.
+    return plan.load != Load::kScalar && (rows > 64 || columns > 512) ? set(128, 128) : set(64, 64);
+  }
+  if (plan.load != Load::kAsync) return set(128, 64);  // registers hold the next tile
+  if (columns > 64 && blocks(128, 128) >= kFullGrid) return set(128, 128);
+  if (blocks(128, 64) >= kFullGrid) return set(128, 64);
+  set(64, 64);
+}
+
+void apply_forced(Plan& plan, const Forced& forced, bool weight_grad, DType dtype) {
+  if (plan.method != Method::kProduct || dtype == DType::kFloat64) return;
+  // Scalar loads take every operand, mapped ones every operand in chunks.
+  if (forced.load == static_cast<int>(Load::kScalar)) plan.load = Load::kScalar;
+  if (forced.load == static_cast<int>(Load::kMapped) && plan.load == Load::kAsync && !weight_grad) {
+    plan.load = Load::kMapped;
+  }
+  if (forced.load > 0 && plan.tensor_cores && plan.load != Load::kAsync) {
+    plan.tile_rows = weight_grad ? 64 : 128;
+    plan.tile_columns = 64;
+  }
+  const bool exists = plan.tensor_cores && plan.load == Load::kAsync &&
+                      !(weight_grad && forced.tile_rows != forced.tile_columns);
+  if (forced.tile_rows && exists) {
+    plan.tile_rows = forced.tile_rows;
+    plan.tile_columns = forced.tile_columns;
+  }
+}
+
+void plan_weight(Plan& plan, Conv2dDirection direction, const Conv2dParams& p) {
+  const int64_t bytes = element_size(p.dtype), pack = 16 / bytes;
+  if (direction == Conv2dDirection::kForward) {
+    const int64_t row = p.R * p.S * (p.C / p.groups);
+    plan.weight_row = round_up(row, pack);
+    plan.pack_weight = row != plan.weight_row || !is_aligned(p.weight);
+    plan.weight_phase = 0;
+    plan.packed_bytes = plan.pack_weight ? p.K * plan.weight_row * bytes : 0;
+  } else if (direction == Conv2dDirection::kInputGrad) {
+    // Transposed, and the taps of each phase together; a phase has the most taps where step = stride / gcd.
+    const Conv2dPhase h = conv2d_phase(0, 1, p.R, p.stride_h, 0, p.dilation_h);
+    const Conv2dPhase w = conv2d_phase(0, 1, p.S, p.stride_w, 0, p.dilation_w);
+    const int64_t taps = ceil_div(p.R, h.tap_step) * ceil_div(p.S, w.tap_step);
+    plan.pack_weight = true;
+    plan.weight_row = round_up(taps * (p.K / p.groups), pack);
+    plan.weight_phase = p.C * plan.weight_row;
+    plan.packed_bytes = p.stride_h * p.stride_w * plan.weight_phase * bytes;
+  }
+  plan.packed_bytes = round_up(plan.packed_bytes, 16);
+}
+
+void plan_depthwise_splits(Plan& plan, const Conv2dParams& p) {
+  // A block has about 128 channels and one tap; 512 pixels are worth one.
+  const int64_t blocks = ceil_div(p.C, 128) * p.R * p.S, pixels = p.N * p.P * p.Q;
+  plan.splits = int(max64(1, min64(min64(ceil_div(4 * kSplitGrid, blocks), kMaxSplits), pixels / 512)));
+  plan.split_bytes = round_up(plan.splits * p.C * p.R * p.S * (p.dtype == DType::kFloat64 ? 8 : 4), 16);
+}
+
+void plan_splits(Plan& plan, const Conv2dParams& p) {
+  const int64_t columns = p.R * p.S * (p.C / p.groups), rows = p.K / p.groups;
+  const int64_t blocks = ceil_div(rows, plan.tile_rows) * ceil_div(columns, plan.tile_columns) * p.groups;
+  const int64_t tiles = ceil_div(p.N * p.P * p.Q, 64 / element_size(p.dtype));
+  // A split should add at least 8 tiles, or its sums cost more than they save.
+  const int64_t wanted = min64(min64(ceil_div(kSplitGrid, max64(blocks, 1)), kMaxSplits), tiles / 8);
+  plan.splits = static_cast<int>(max64(wanted, 1));
+  const int64_t sum_bytes = p.dtype == DType::kFloat64 ? 8 : 4;
+  plan.split_bytes = plan.splits > 1 ? round_up(plan.splits * p.K * columns * sum_bytes, 16) : 0;
+}
+
+}  // namespace
+
+Forced Forced::from_environment() {
+  Forced forced;
+  if (const char* tile = std::getenv("CUDA_CNN_CONV2D_TILE")) {
+    int rows = 0, columns = 0;
+    const bool known = std::sscanf(tile, "%dx%d", &rows, &columns) == 2 && (rows == 128 || rows == 64) &&
+                       (columns == 128 || columns == 64) && rows >= columns;
+    if (known) forced.tile_rows = rows, forced.tile_columns = columns;
+  }
+  if (const char* load = std::getenv("CUDA_CNN_CONV2D_LOAD")) {
+    forced.load = !std::strcmp(load, "mapped")   ? int(Load::kMapped)
+                  : !std::strcmp(load, "scalar") ? int(Load::kScalar)
+                                                 : -1;
+  }
+  return forced;
+}
+
+Plan plan(Conv2dDirection direction, const Conv2dParams& p, const Forced& forced) {
+  const bool weight_grad = direction == Conv2dDirection::kWeightGrad;
+  Plan plan{};
+  plan.method = choose_method(direction, p);
+  plan.tensor_cores = p.dtype == DType::kFloat32 ? p.allow_tf32 : p.dtype != DType::kFloat64;
+  plan.splits = 1;
+  const int64_t sum_bytes = p.dtype == DType::kFloat64 ? 8 : 4;
+  // A column has two sums for every kSumPixels pixels, or rows of a warp's tile: 32 of them at least.
+  if (p.mean || p.dbias) plan.statistics_bytes = ceil_div(p.N * p.P * p.Q, 32) * p.K * 2 * sum_bytes;
+  if (plan.method == Method::kDepthwise && weight_grad && p.dweight) plan_depthwise_splits(plan, p);
+  if (plan.method != Method::kProduct) return plan;
+  choose_load(plan, direction, p);
+  const int64_t group_c = p.C / p.groups, group_k = p.K / p.groups;
+  switch (direction) {
+    case Conv2dDirection::kForward:
+      choose_tile(plan, p.N * p.P * p.Q, group_k, p.groups, false, p.dtype);
+      break;
+    case Conv2dDirection::kInputGrad:
+      choose_tile(plan, ceil_div(p.N * p.H * p.W, p.stride_h * p.stride_w), group_c,
+                  p.groups * p.stride_h * p.stride_w, false, p.dtype);
+      break;
+    case Conv2dDirection::kWeightGrad:
+      choose_tile(plan, group_k, p.R * p.S * group_c, p.groups, true, p.dtype);
+      break;
+  }
+  apply_forced(plan, forced, weight_grad, p.dtype);
+  if (weight_grad) {
+    if (p.dweight) plan_splits(plan, p);
+  } else {
+    plan_weight(plan, direction, p);
+  }
+  return plan;
+}
+
+}  // namespace cuda_cnn::cuda::conv2d
