@@ -243,6 +243,20 @@ def _nvcc(home: str) -> Nvcc | None:
     return Nvcc(home, version.group(1), tuple(known)) if version else None
 
 
+def cudart_folder(home: Path, links: Path) -> Path | None:
+    """Where the linker finds libcudart.so. pip's toolkit has only libcudart.so.13: a link in `links` names it."""
+    folders = [home / "lib64", home / "lib"]
+    for folder in folders:
+        if (folder / "libcudart.so").exists():
+            return folder
+    for library in (library for folder in folders for library in sorted(folder.glob("libcudart.so.*"))):
+        links.mkdir(parents=True, exist_ok=True)
+        (links / "libcudart.so").unlink(missing_ok=True)
+        (links / "libcudart.so").symlink_to(library)
+        return links
+    return None
+
+
 def _output(command: list[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout

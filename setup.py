@@ -94,10 +94,12 @@ def extension(decision: build_config.Decision, knobs: build_config.Knobs, isas: 
 
     macros = [("CUDA_CNN_X86_VARIANTS", "1")] if len(isas) > 1 else []
     macros += [("CUDA_CNN_WITH_CUDA", "1")] if decision.cuda else []
+    cudart = build_config.cudart_folder(Path(decision.nvcc.home), ROOT / "build" / "cuda") if decision.cuda else None
     return (CUDAExtension if decision.cuda else CppExtension)(
         "cuda_cnn._C",
         sources(isas, decision.cuda),
         include_dirs=[str(CSRC)],
+        library_dirs=[str(cudart)] if cudart else [],
         depends=[str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.is_file()],
         define_macros=macros,
         extra_compile_args=compile_flags(knobs),

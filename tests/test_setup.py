@@ -184,6 +184,17 @@ def test_search_for_nvcc_takes_cuda_home_first(tmp_path):
     assert config._nvcc(str(tmp_path)) is None
 
 
+def test_cudart_of_pips_toolkit_gets_a_link(tmp_path):
+    (tmp_path / "lib").mkdir()
+    assert config.cudart_folder(tmp_path, tmp_path / "links") is None
+    (tmp_path / "lib" / "libcudart.so.13").write_text("the library")
+    for _ in range(2):
+        assert config.cudart_folder(tmp_path, tmp_path / "links") == tmp_path / "links"
+    assert (tmp_path / "links" / "libcudart.so").read_text() == "the library"
+    (tmp_path / "lib" / "libcudart.so").touch()
+    assert config.cudart_folder(tmp_path, tmp_path / "links") == tmp_path / "lib"
+
+
 # ---- setup.py itself ---------------------------------------------------------------------------------------------
 
 
