@@ -77,6 +77,7 @@ struct BatchNormParams {
   BatchNormShape shape;
   double eps;
   bool training, relu;
+  void* workspace;  // CUDA: batch_norm_workspace_bytes, from torch's allocator
 };
 
 struct BatchNormBackwardParams {
@@ -91,6 +92,7 @@ struct BatchNormBackwardParams {
   BatchNormShape shape;
   double eps;
   bool training, relu;
+  void* workspace;  // CUDA: batch_norm_workspace_bytes, from torch's allocator
 };
 
 // y = relu((x - mean) * scale + shift + residual) in the accumulation type A. Taking x - mean first keeps the
@@ -132,6 +134,7 @@ HOST_DEVICE BatchNormGradient<A> batch_norm_gradient(double sum_g, double sum_gx
 }
 
 namespace cuda {
+int64_t batch_norm_workspace_bytes(const BatchNormShape&);
 void batch_norm_forward(const BatchNormParams&, Stream);
 void batch_norm_backward(const BatchNormBackwardParams&, Stream);
 }  // namespace cuda

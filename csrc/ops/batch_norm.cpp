@@ -47,6 +47,15 @@ void check_channel_values(const char* name, const OptionalTensor& values, const 
               values->scalar_type());
 }
 
+// Where the CUDA kernels keep partial sums; the CPU's have scratch memory of their own.
+at::Tensor workspace_for(const BatchNormShape& shape, const at::Tensor& x) {
+#if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
+  return at::empty({cuda::batch_norm_workspace_bytes(shape)}, x.options().dtype(at::kByte));
+#else
+  return at::empty({0}, x.options().dtype(at::kByte));
+#endif
+}
+
 void check_input(const at::Tensor& x) {
   TORCH_CHECK_NOT_IMPLEMENTED(x.layout() == at::kStrided, kOp,
                               ": expected input to be a dense (strided) tensor, got ", x.layout());
@@ -102,6 +111,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, c
   p.eps = eps;
   p.training = training;
   p.relu = relu;
+  const at::Tensor workspace = workspace_for(p.shape, x);
+  p.workspace = mutable_data(workspace);
   CUDA_CNN_LAUNCH(kOp, x, batch_norm_forward, p);
   return {y, mean, var};
 }
@@ -153,6 +164,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   p.eps = eps;
   p.training = training;
   p.relu = relu;
+  const at::Tensor workspace = workspace_for(p.shape, x);
+  p.workspace = mutable_data(workspace);
   CUDA_CNN_LAUNCH(kOp, x, batch_norm_backward, p);
   return {dx, dweight, dbias, dresidual};
 }
