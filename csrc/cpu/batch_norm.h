@@ -1,0 +1,195 @@
+// What the two passes of batch normalisation share on the CPU: how a tensor is cut, walked, and what each
+// channel holds.
+//
+// A channel's elements are cut into at most kGroups groups, whatever the number of threads, and a group into
+// chunks. A chunk is summed in the accumulation type, chunks and groups are joined in index order in double:
+// so the bits do not depend on the threads, and long sums lose nothing.
+//
+//   channels_last  a group is a run of rows, split into blocks of channels; several rows are read side by
+//   side contiguous     a group is a run of images of one channel
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/vec.h"
+#include "cpu/workspace.h"
+#include "kernels/batch_norm.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+namespace {
+
+constexpr int64_t kGroups = 64;
+constexpr int64_t kRows = 64;    // channels_last: rows of a chunk
+constexpr int64_t kBlock = 512;  // channels_last: channels of a block
+constexpr int64_t kRun = 4096;   // contiguous: elements of a chunk
+constexpr int kWide = 4;         // vectors side by side
+constexpr int64_t kElementsPerTask = 32768;
+constexpr int64_t kPlanesEnough = 256;  // contiguous: with as many channels no channel is cut
+
+template <class A>
+constexpr int64_t kTile = kWide * kLanes<A>;
+
+template <class T>
+CUDA_CNN_INLINE Vec<Accumulator<T>> load_lanes(const T* p, int64_t lanes) {
+  return lanes == kLanes<T> ? load(p) : load_first(p, lanes);
+}
+template <class T>
+CUDA_CNN_INLINE void store_lanes(T* p, Vec<Accumulator<T>> v, int64_t lanes) {
+  if (lanes == kLanes<T>) {
+    store(p, v);
+  } else {
+    store_first(p, v, lanes);
+  }
+}
+
+// ---- Per-channel values
+// ------------------------------------------------------------------------------------
+
+template <class A>
+struct MapLanes {
+  Vec<A> mean, scale, shift;
+  CUDA_CNN_INLINE Vec<A> operator()(Vec<A> x) const { return fma(x - mean, scale, shift); }
+};
+template <class A>
+struct GradientLanes {
+  Vec<A> scale, slope, offset;
+};
+
+// One array for each coefficient; padded, so that whole vectors can be read.
+template <class A>
+struct Coefficients {
+  static constexpr int kArrays = 6;
+  A* base;
+  int64_t pitch;
+
+  CUDA_CNN_INLINE A* array(int i) const { return base + i * pitch; }
+  CUDA_CNN_INLINE MapLanes<A> map(int64_t c) const {
+    return {load(array(0) + c), load(array(1) + c), load(array(2) + c)};
+  }
+  CUDA_CNN_INLINE GradientLanes<A> gradient(int64_t c) const {
+    return {load(array(3) + c), load(array(4) + c), load(array(5) + c)};
+  }
+  // The same channel in every lane.
+  CUDA_CNN_INLINE MapLanes<A> map_of(int64_t c) const {
+    return {broadcast(array(0)[c]), broadcast(array(1)[c]), broadcast(array(2)[c])};
+  }
+  CUDA_CNN_INLINE GradientLanes<A> gradient_of(int64_t c) const {
+    return {broadcast(array(3)[c]), broadcast(array(4)[c]), broadcast(array(5)[c])};
+  }
+  CUDA_CNN_INLINE void set(int64_t c, const BatchNormMap<A>& m) const {
+    array(0)[c] = m.mean;
+    array(1)[c] = m.scale;
+    array(2)[c] = m.shift;
+  }
+  CUDA_CNN_INLINE void set(int64_t c, const BatchNormGradient<A>& g) const {
+    array(3)[c] = g.scale;
+    array(4)[c] = g.slope;
+    array(5)[c] = g.offset;
+  }
+};
+
+template <class A>
+Coefficients<A> allocate_coefficients(int64_t channels) {
+  const int64_t pitch = ceil_div(channels, kTile<A>) * kTile<A>;
+  return {workspace<A>(Workspace::kShared, Coefficients<A>::kArrays * pitch), pitch};
+}
+
+// ---- How a tensor is cut
+// ------------------------------------------------------------------------------------
+
+// Groups of the rows (channels_last) or images (contiguous), which this struct calls items.
+struct Cut {
+  int64_t items, step, groups;
+  int64_t per_item;  // elements of a channel
+
+  explicit Cut(const BatchNormShape& s) {
+    items = s.channels_last ? s.batch * s.spatial : s.batch;
+    per_item = s.channels_last ? 1 : s.spatial;
+    const int64_t most = s.channels_last ? kGroups : min64(kGroups, ceil_div(kPlanesEnough, s.channels));
+    const int64_t unit = s.channels_last ? kRows : 1;
+    step = ceil_div(ceil_div(items, unit), most) * unit;
+    groups = ceil_div(items, step);
+  }
+  int64_t begin(int64_t group) const { return group * step; }
+  int64_t end(int64_t group) const { return min64(items, (group + 1) * step); }
+  int64_t count(int64_t group) const { return (end(group) - begin(group)) * per_item; }
+};
+
+// Calls fn(group, first channel, channels) for every group and block of channels, contiguous: for single
+// channels.
+template <class Fn>
+void for_each_part(const BatchNormShape& s, const Cut& cut, const Fn& fn) {
+  const int64_t width = s.channels_last ? kBlock : 1, blocks = ceil_div(s.channels, width);
+  const int64_t elements = cut.step * cut.per_item * min64(width, s.channels);
+  parallel_for(cut.groups * blocks, ceil_div(kElementsPerTask, elements), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % blocks * width;
+      fn(i / blocks, first, min64(width, s.channels - first));
+    }
+  });
+}
+
+// channels_last: calls fn(Rows<R>, first row) for rows R = N at a time, then one at a time.
+template <int R>
+struct Rows {
+  static constexpr int value = R;
+};
+template <int N, class Fn>
+CUDA_CNN_INLINE void for_rows(int64_t begin, int64_t end, const Fn& fn) {
+  int64_t row = begin;
+  for (; row + N <= end; row += N) fn(Rows<N>{}, row);
+  for (; row < end; ++row) fn(Rows<1>{}, row);
+}
+
+// contiguous: calls fn(first element, runs, length) for the chunks of a channel in a group; a chunk's runs
+// lie an image apart.
+template <class Fn>
+CUDA_CNN_INLINE void for_each_chunk(const BatchNormShape& s, const Cut& cut, int64_t group, int64_t channel,
+                                    const Fn& fn) {
+  const int64_t images = max64(1, kRun / s.spatial);
+  for (int64_t n = cut.begin(group); n < cut.end(group); n += images) {
+    const int64_t plane = (n * s.channels + channel) * s.spatial;
+    for (int64_t i = 0; i < s.spatial; i += kRun) {
+      fn(plane + i, min64(images, cut.end(group) - n), min64(kRun, s.spatial - i));
+    }
+  }
+}
+
+// Calls fn(i, slot, lanes) for the vectors of a run; neighbouring vectors have different slots below kWide.
+template <class A, class Fn>
+CUDA_CNN_INLINE void for_each_vector(int64_t length, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + kTile<A> <= length; i += kTile<A>) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) fn(i + v * kLanes<A>, v, int64_t{kLanes<A>});
+  }
+  for (; i + kLanes<A> <= length; i += kLanes<A>) fn(i, 0, int64_t{kLanes<A>});
+  if (i < length) fn(i, 1, length - i);
+}
+
+// Calls row(first element) for each row, or plane(first element, channel) for each plane; the last ones
+// first, in steps long enough for the prefetcher: they are what the reducing pass has left in the cache.
+template <class RowFn, class PlaneFn>
+CUDA_CNN_INLINE void for_all(const BatchNormShape& s, const RowFn& row, const PlaneFn& plane) {
+  const int64_t count = s.channels_last ? s.per_channel() : s.batch * s.channels;
+  const int64_t length = s.channels_last ? s.channels : s.spatial;
+  const int64_t step = ceil_div(kElementsPerTask, length);
+  parallel_for(count, step, [&](int64_t begin, int64_t end) {
+    for (int64_t last = end; last > begin; last -= step) {
+      for (int64_t i = max64(begin, last - step); i < last; ++i) {
+        if (s.channels_last) {
+          row(i * length);
+        } else {
+          plane(i * length, i % s.channels);
+        }
+      }
+    }
+  });
+}
+
+template <class A>
+CUDA_CNN_INLINE A total(const Vec<A> (&v)[kWide]) {
+  return sum((v[0] + v[1]) + (v[2] + v[3]));
+}
+
+}  // namespace
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA
