@@ -30,9 +30,9 @@ ARCHITECTURES = ["sm_80", "sm_90a", "newest"]
 # thread two blocks of 128 threads fit, with 128 four.
 BUDGETS = [(r"TensorCoreProduct|FmaProduct", 255), (r"", 128)]
 
-# What the main loop of a kernel must hold, by the first pattern found: the least share of tensor-core products,
-# and what else has to be there. sm_80 takes 8 cycles for a product: with more than 1 in 8 instructions the tensor
-# cores are the limit. There is no ldmatrix that transposes 32-bit elements.
+# What the main loop of a kernel must hold, by the first pattern found: the least share of tensor-core
+# products, and what else has to be there. sm_80 takes 8 cycles for a product: with more than 1 in 8
+# instructions the tensor cores are the limit. There is no ldmatrix that transposes 32-bit elements.
 MAIN_LOOPS = [
     (r"^correlate<TensorCoreProduct<.* 128, 128>, \(Load\)0", 1 / 8, ["LDSM", "LDGSTS"]),
     (r"^weight_gradient<TensorCoreProduct<[BH].* 128, 128>, \(Load\)0", 1 / 8, ["LDSM", "LDGSTS"]),

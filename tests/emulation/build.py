@@ -84,7 +84,7 @@ def _ninja_file(library: Path, sources: list[tuple[Path, str]], flags: str) -> s
     )
     objects = []
     for path, kind in sources:
-        objects.append(f"{kind}_{path.stem}_{len(objects)}.o")
+        objects.append("_".join([kind, *path.relative_to(ROOT).with_suffix(".o").parts[1:]]))
         own = FLAGS[kind] + (" " + _torch_flags() if kind == "torch" else "")
         text += f"build {objects[-1]}: compile {path}\n  flags = {own}\n"
     text += f"build {library.name}: link {' '.join(objects)}\n"
