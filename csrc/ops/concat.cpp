@@ -154,6 +154,7 @@ void write_channels_(at::Tensor& buffer, const at::Tensor& x, int64_t start) {
   TORCH_CHECK(buffer.is_contiguous(format), kName, ": expected a dense buffer, contiguous or channels_last");
   at::Tensor slice = buffer.narrow(1, start, x.size(1));
   const std::vector<int64_t> order = memory_order(buffer.dim(), format);
+  if (!buffer.is_inference()) buffer.unsafeGetTensorImpl()->bump_version();  // autograd sees the change
   copy_rows({x}, slice, order, is_channels_last(format) ? buffer.dim() - 1 : 1, format);
 }
 

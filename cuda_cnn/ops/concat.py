@@ -70,6 +70,8 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, *, out: Tensor | None = None
     """
     if not isinstance(tensors, list | tuple):
         raise TypeError(f"concat: tensors must be tuple of Tensors, not {type(tensors).__name__}")
+    if not tensors:
+        raise ValueError("concat: expected a non-empty list of Tensors")
     if has_torch_function(tensors):
         return handle_torch_function(concat, tuple(tensors), tensors, dim, out=out)
     for i, tensor in enumerate(tensors):
