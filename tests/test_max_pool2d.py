@@ -40,6 +40,15 @@ def isa(request):
     _C.set_cpu_isa(before)
 
 
+@pytest.fixture
+def one_thread():
+    """For many tiny calls: threads that spin between them would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pooled(function, x, dy, *window):
     """(y, indices, dx)."""
     x = x.detach().requires_grad_()
@@ -283,7 +292,7 @@ def test_any_shape(shape, kernel, stride, half, dilation, ceil_mode, layout, dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_opinfo_samples(dtype):
+def test_opinfo_samples(dtype, one_thread):
     for sample in OP_INFO.sample_inputs("cpu", dtype, requires_grad=True):
         what = f"{tuple(sample.input.shape)}, {sample.args}, {sample.kwargs}"
         results = []
