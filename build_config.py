@@ -23,7 +23,7 @@ NO_COMPILER = (
     "`dnf install gcc-c++` (Fedora, RHEL), `xcode-select --install` (macOS), or name yours in CXX."
 )
 NO_NVCC = (
-    'torch {torch} is built with CUDA {cuda}{gpus}, but no nvcc was found. Three ways out: '
+    "torch {torch} is built with CUDA {cuda}{gpus}, but no nvcc was found. Three ways out: "
     '(1) pip install "cuda-toolkit[nvcc,crt,nvvm,cccl,cudart]=={cuda}.*"; '
     "(2) a CUDA {major} toolkit, or a -devel image, with CUDA_HOME naming it; "
     "(3) CUDA_CNN_CUDA=0 for the CPU kernels alone."
@@ -126,17 +126,27 @@ def _cpu_only(facts: Facts, knobs: Knobs, why: str, note: str = "") -> Decision:
 def _decide_cpu_torch(facts: Facts, knobs: Knobs) -> Decision:
     found = "the nvcc found is not used" if facts.nvccs else "no CUDA kernel can be built"
     why = f"torch {facts.torch} has no CUDA, so {found}"
-    remedy = "To use it, install a CUDA build of torch" if facts.nvccs else "Install a CUDA build of torch for them"
+    remedy = (
+        "To use it, install a CUDA build of torch"
+        if facts.nvccs
+        else "Install a CUDA build of torch for them"
+    )
     if knobs.cuda == "1":
         return Decision(error=f"CUDA_CNN_CUDA=1, but {why}. {remedy}, or drop CUDA_CNN_CUDA=1.")
     return _cpu_only(facts, knobs, why, f"{why}. {remedy}.")
 
 
 def _major_mismatch(facts: Facts, nvcc: Nvcc, major: str) -> str:
-    text = f"nvcc {nvcc.version} ({nvcc.home}) cannot build for torch {facts.torch}, which is built with CUDA {facts.torch_cuda}. "
+    text = (
+        f"nvcc {nvcc.version} ({nvcc.home}) cannot build for torch {facts.torch}, "
+        f"which is built with CUDA {facts.torch_cuda}. "
+    )
     fitting = [other for other in facts.nvccs if other.major == major]
     if fitting:
-        return text + f"Another toolkit here matches: CUDA_HOME={fitting[0].home} pip install --no-build-isolation -v ."
+        return (
+            text
+            + f"Another toolkit here matches: CUDA_HOME={fitting[0].home} pip install --no-build-isolation -v ."
+        )
     return text + (
         f"Install a CUDA {major} toolkit and name it in CUDA_HOME, or a torch built with CUDA {nvcc.major}, "
         "or build the CPU kernels alone with CUDA_CNN_CUDA=0."
@@ -178,7 +188,7 @@ def jobs(facts: Facts, knobs: Knobs, cuda: bool) -> int:
     return max(1, min(facts.cores, int(facts.memory_gib // (4 if cuda else 2))))
 
 
-# ---- What this machine has -------------------------------------------------------------------------------------
+# ---- What this machine has ------------------------------------------------------------------------------
 
 
 def find_facts(knobs: Knobs, env: Mapping[str, str] = os.environ) -> Facts:
@@ -228,7 +238,9 @@ def _toolkit_of(nvcc: str) -> str:
     """The toolkit's folder. An nvcc on PATH may be a wrapper outside of it: then nvcc itself tells."""
     home = Path(nvcc).resolve().parents[1]
     if not (home / "include" / "cuda_runtime.h").is_file():
-        dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        dry_run = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+        ).stderr
         if top := re.search(r"TOP=(\S+)", dry_run):
             home = Path(top.group(1)).resolve()
     return str(home)
@@ -268,7 +280,9 @@ def _memory_gib() -> float:
     """Memory that is free now, or the container's limit where that is less."""
     limits = [64.0]
     try:
-        limits.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text()).group(1)) / 2**20)
+        limits.append(
+            int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text()).group(1)) / 2**20
+        )
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()) / 2**30)
     except (OSError, ValueError, AttributeError):
         pass
@@ -280,7 +294,10 @@ def compiler_version(compiler: str) -> str:
 
 
 def commit(root: Path) -> str:
-    return _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]).strip() or "unknown"
+    return (
+        _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]).strip()
+        or "unknown"
+    )
 
 
 if __name__ == "__main__":  # `python build_config.py` shows what would be built here

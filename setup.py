@@ -1,7 +1,8 @@
 """Builds cuda_cnn._C from csrc. What is built and why is decided in build_config.py; CONTRIBUTING.md explains.
 
-A file of csrc/cpu in namespace cpu::CUDA_CNN_ISA is compiled once for each instruction set of ISA_TARGETS, and the
-variant is chosen at run time. Neither -std= (torch passes the one its headers need) nor -march= (one binary serves all).
+A file of csrc/cpu in namespace cpu::CUDA_CNN_ISA is compiled once for each instruction set of ISA_TARGETS, and
+the variant is chosen at run time. Neither -std= (torch passes the one that its headers need) nor -march= (one binary
+serves all).
 """
 
 import json
@@ -59,7 +60,10 @@ def isa_unit(source: Path, isa: str) -> str:
     """Writes build/isa/cpu/<source>_<isa>.cpp; returns its path from ROOT."""
     relative = source.relative_to(CSRC)
     unit = Path("build", "isa", relative.with_name(f"{source.stem}_{isa}.cpp"))
-    text = f"#define CUDA_CNN_ISA {isa}\n#define CUDA_CNN_ISA_{isa.upper()} 1\n" + f'#include "{relative.as_posix()}"\n'
+    text = (
+        f"#define CUDA_CNN_ISA {isa}\n#define CUDA_CNN_ISA_{isa.upper()} 1\n"
+        + f'#include "{relative.as_posix()}"\n'
+    )
     if ISA_TARGETS[isa]:
         text = ISA_UNIT.format(target=ISA_TARGETS[isa], unit=text)
     write_if_changed(ROOT / unit, text)
@@ -69,7 +73,11 @@ def isa_unit(source: Path, isa: str) -> str:
 def sources(isas: list[str], cuda: bool) -> list[str]:
     cpu = sorted((CSRC / "cpu").rglob("*.cpp"))
     variants = [p for p in cpu if "namespace cuda_cnn::cpu::CUDA_CNN_ISA" in p.read_text()]
-    once = [p for p in cpu if p not in variants] + sorted(CSRC.glob("*.cpp")) + sorted((CSRC / "ops").rglob("*.cpp"))
+    once = (
+        [p for p in cpu if p not in variants]
+        + sorted(CSRC.glob("*.cpp"))
+        + sorted((CSRC / "ops").rglob("*.cpp"))
+    )
     once += sorted((CSRC / "cuda").rglob("*.cu")) if cuda else []
     units = [isa_unit(p, isa) for p in variants for isa in isas]
     return [str(p.relative_to(ROOT)) for p in once] + units
@@ -94,7 +102,11 @@ def extension(decision: build_config.Decision, knobs: build_config.Knobs, isas: 
 
     macros = [("CUDA_CNN_X86_VARIANTS", "1")] if len(isas) > 1 else []
     macros += [("CUDA_CNN_WITH_CUDA", "1")] if decision.cuda else []
-    cudart = build_config.cudart_folder(Path(decision.nvcc.home), ROOT / "build" / "cuda") if decision.cuda else None
+    cudart = (
+        build_config.cudart_folder(Path(decision.nvcc.home), ROOT / "build" / "cuda")
+        if decision.cuda
+        else None
+    )
     return (CUDAExtension if decision.cuda else CppExtension)(
         "cuda_cnn._C",
         sources(isas, decision.cuda),
@@ -156,13 +168,22 @@ def main() -> None:
     for note in decision.notes:
         print(f"cuda_cnn: {note}", flush=True)
     os.environ["MAX_JOBS"] = str(decision.jobs)
-    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # ninja's
+    os.environ["PATH"] = os.pathsep.join(
+        [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+    )  # ninja's
     if decision.nvcc:  # before torch.utils.cpp_extension is imported, which reads them
         os.environ.update(CUDA_HOME=decision.nvcc.home, TORCH_CUDA_ARCH_LIST=decision.architectures)
     isas = instruction_sets()
-    variant = f"-{Path(knobs.cxx).name}" + "-cuda" * decision.cuda + "-sanitize" * knobs.sanitize + "-debug" * knobs.debug
+    variant = (
+        f"-{Path(knobs.cxx).name}"
+        + "-cuda" * decision.cuda
+        + "-sanitize" * knobs.sanitize
+        + "-debug" * knobs.debug
+    )
     info = build_info(facts, decision, isas)
-    setup(ext_modules=[extension(decision, knobs, isas)], cmdclass={"build_ext": build_command(info, variant)})
+    setup(
+        ext_modules=[extension(decision, knobs, isas)], cmdclass={"build_ext": build_command(info, variant)}
+    )
 
 
 main()

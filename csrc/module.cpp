@@ -1,5 +1,5 @@
-// The extension module: facts about the build and the processor, no tensors. The operators register themselves
-// with torch's dispatcher when it loads.
+// The extension module: facts about the build and the processor, no tensors. The operators register
+// themselves with torch's dispatcher when it loads.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -40,9 +40,12 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
-  m.def("cpu_isa", [] { return cuda_cnn::cpu::isa_name(cuda_cnn::cpu::isa()); }, "The instruction set in use.");
+  m.def(
+      "cpu_isa", [] { return cuda_cnn::cpu::isa_name(cuda_cnn::cpu::isa()); }, "The instruction set in use.");
   m.def("cpu_isas", &available_isas, "The instruction sets that both the build and this processor have.");
   m.def("set_cpu_isa", &set_isa, pybind11::arg("name"), "For tests: the instruction set from now on.");
   m.def("num_threads", &cuda_cnn::cpu::num_threads, "Threads that a kernel may use.");
-  m.def("set_build_note", [](const std::string& note) { cuda_cnn::build_note() = note; }, pybind11::arg("note"));
+  m.def(
+      "set_build_note", [](const std::string& note) { cuda_cnn::build_note() = note; },
+      pybind11::arg("note"));
 }

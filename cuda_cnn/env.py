@@ -17,7 +17,19 @@ from torch import Tensor
 from cuda_cnn import _C, functional, reference
 from cuda_cnn._build_info import build_info, missing_architecture
 
-FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_bf16", "asimd")
+FEATURES = (
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512dq",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+)
 # Largest error over largest value, of float32 against the reference in float64. Rounding stays below 2e-6 on the
 # self-test's shapes; a wrong tap or a missed edge is orders of magnitude above.
 TOLERANCE = 1e-5
@@ -27,7 +39,7 @@ SelfTest = tuple[list[tuple[int, ...]], Callable[..., Tensor]]
 SELF_TESTS: dict[str, SelfTest] = {
     "conv2d": (
         [(2, 8, 13, 11), (12, 4, 3, 3), (12,)],
-        lambda lib, x, w, b: lib.conv2d(x, w, b, stride=2, padding=1, groups=2),
+        lambda lib, x, w, b: lib.conv2d(x, w, b, stride=(2, 2), padding=(1, 1), groups=2),
     ),
     "max_pool2d": ([(2, 5, 13, 11)], lambda lib, x: lib.max_pool2d(x, 3, 2, 1)),
     "local_response_norm": ([(2, 19, 7, 5)], lambda lib, x: lib.local_response_norm(x, 5, 1e-1, 0.75, 2.0)),
@@ -82,7 +94,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-# ---- Self-test ---------------------------------------------------------------------------------------------------
+# ---- Self-test ------------------------------------------------------------------------------------------
 
 
 def self_test(name: str) -> dict[str, str]:
@@ -143,7 +155,7 @@ def _with_gradients(call: Callable[..., Tensor], library: Any, tensors: list[Ten
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-# ---- The machine -------------------------------------------------------------------------------------------------
+# ---- The machine ----------------------------------------------------------------------------------------
 
 
 def _cpuinfo(*keys: str) -> str:
@@ -173,7 +185,7 @@ def _gpus() -> Iterator[dict[str, Any]]:
         yield {"name": name, "capability": "{}.{}".format(*capability), "problem": problem}
 
 
-# ---- Text --------------------------------------------------------------------------------------------------------
+# ---- Text -----------------------------------------------------------------------------------------------
 
 
 def render(report: dict[str, Any]) -> str:
@@ -182,7 +194,10 @@ def render(report: dict[str, Any]) -> str:
     cuda = f"yes, architectures {build['architectures']}" if build["cuda"] else "no"
     rows = [
         ("cuda_cnn", f"{versions['cuda_cnn']}, commit {build['commit']}, built {build['date']}"),
-        ("torch", f"{versions['torch']}, CUDA {versions['torch_cuda'] or 'none'}, cuDNN {versions['cudnn'] or 'none'}"),
+        (
+            "torch",
+            f"{versions['torch']}, CUDA {versions['torch_cuda'] or 'none'}, cuDNN {versions['cudnn'] or 'none'}",
+        ),
         ("Python", f"{versions['python']}, {versions['platform']}"),
         ("compiler", build["compiler"]),
         ("CUDA kernels", f"{cuda}: {build['why']}"),
@@ -195,7 +210,10 @@ def render(report: dict[str, Any]) -> str:
         rows.append(("GPU", f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}"))
         rows += [("", gpu["problem"])] if gpu["problem"] else []
     lines = [f"{name:<14}{text}" for name, text in rows]
-    lines += ["", "Self-test, forward and backward, float32 in both layouts against cuda_cnn.reference in float64:"]
+    lines += [
+        "",
+        "Self-test, forward and backward, float32 in both layouts against cuda_cnn.reference in float64:",
+    ]
     for name, results in report["operators"].items():
         if set(results.values()) <= {"ok", "absent"}:
             by_result = " · ".join(f"{where} {result}" for where, result in results.items())

@@ -48,7 +48,9 @@ def test_a_wrong_operator_fails(monkeypatch, capsys, what):
     assert cli.main(["env"]) == 1
     text = capsys.readouterr().out
     assert "failed: " in text and "FAILED" in text
-    assert {"value": "output", "gradient": "gradient 0", "raises": "deliberately broken", "nan": "nan"}[what] in text
+    assert {"value": "output", "gradient": "gradient 0", "raises": "deliberately broken", "nan": "nan"}[
+        what
+    ] in text
 
 
 def test_instruction_set_is_restored_and_refused():
@@ -65,4 +67,3 @@ def test_environment_variable_chooses_the_instruction_set(isa, monkeypatch):
     command = [sys.executable, "-m", "cuda_cnn", "env", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert json.loads(result.stdout)["cpu"]["instruction_set"] == isa
-

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -195,12 +196,14 @@ def test_cudart_of_pips_toolkit_gets_a_link(tmp_path):
     assert config.cudart_folder(tmp_path, tmp_path / "links") == tmp_path / "lib"
 
 
-# ---- setup.py itself ---------------------------------------------------------------------------------------------
+# ---- setup.py itself ------------------------------------------------------------------------------------
 
 
 def run_setup(*arguments, **env):
     command = [sys.executable, "setup.py", "-q", *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=100)
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=100
+    )
 
 
 @pytest.fixture
@@ -220,12 +223,13 @@ def test_setup_without_compiler_says_what_to_install(tmp_path):
 
 
 def test_sdist_needs_no_torch_and_holds_every_source(tmp_path, no_torch):
-    result = run_setup("egg_info", "-e", str(tmp_path), "sdist", "--dist-dir", str(tmp_path), PYTHONPATH=no_torch)
+    result = run_setup(
+        "egg_info", "-e", str(tmp_path), "sdist", "--dist-dir", str(tmp_path), PYTHONPATH=no_torch
+    )
     assert result.returncode == 0, result.stderr
-    import tarfile
-
-    (archive,) = tmp_path.glob("*.tar.gz")
-    held = {name.split("/", 1)[1] for name in tarfile.open(archive).getnames() if "/" in name}
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     wanted |= {"setup.py", "build_config.py", "pyproject.toml", "LICENSE", "cuda_cnn/py.typed"}
     assert wanted <= held, sorted(wanted - held)
@@ -237,7 +241,7 @@ def test_no_pinned_standard_and_no_native_code():
     assert not re.search(r"-std=|march=|ffast-math", text)
 
 
-# ---- Messages at run time ----------------------------------------------------------------------------------------
+# ---- Messages at run time -------------------------------------------------------------------------------
 
 
 def test_another_torch_than_at_build():

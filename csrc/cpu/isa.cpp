@@ -25,7 +25,8 @@ bool detect(Isa isa) {
 #endif
 }
 
-// An unknown or unavailable name in the environment falls back to the best; `python -m cuda_cnn env` shows it.
+// An unknown or unavailable name in the environment falls back to the best; `python -m cuda_cnn env` shows
+// it.
 Isa choose() {
   if (const char* wanted = std::getenv("CUDA_CNN_CPU_ISA")) {
     for (Isa isa : kAll) {
