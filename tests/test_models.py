@@ -68,6 +68,15 @@ TORCHVISION |= {"alexnet_torchvision": "alexnet", "googlenet_torchvision": "goog
 SMALL_DENSENET = {"growth_rate": 4, "blocks": (2, 3), "init_planes": 8}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Maps of a few pixels: waiting for a second thread takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def on_meta(name: str, **options) -> nn.Module:
     with torch.device("meta"):
         return create_model(name, **options)
