@@ -28,7 +28,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 @pytest.fixture
 def against_torch(benchmark) -> Callable[[Layer, bool], None]:
-    """Verifies a layer, times it beside torch in turns (extra_info), then for pytest-benchmark's own table."""
+    """Verifies a layer, times it beside torch in turns (extra_info), then for pytest-benchmark's table."""
 
     def run(layer: Layer, backward: bool) -> None:
         case = build(layer, BATCH[layer.network], backward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -20,7 +21,7 @@ DEMO_LAYERS = (
     *(("densenet121", "block3.conv2", 4), ("densenet121", "block1.last", 4)),
 )
 COLUMNS = f"{'layer':36} {'pass':8} {'ours':>9} {'torch':>9}"
-HEADER = f"{COLUMNS}  {'× torch (quartiles)':21} {'error':>7}  torch's kernel"
+HEADER = f"{COLUMNS}  {'× torch (quartiles)':24} {'error':>7}  torch's kernel"
 
 
 def rows(seconds: float = 0.3) -> Iterator[str]:
@@ -34,6 +35,17 @@ def rows(seconds: float = 0.3) -> Iterator[str]:
                 yield _row(layer, batch, backward, seconds)
     yield f"float32, channels_last, {torch.get_num_threads()} threads; × above 1: ours is faster; train: with"
     yield "all gradients; error: the largest one against float64, over the largest value."
+    if note := busy():
+        yield note
+
+
+def busy() -> str:
+    """A note where other programs keep the processor busy; empty where not."""
+    cores = os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < cores + 1:
+        return ""
+    return f"The machine was busy (load {load:.1f} on {cores} cores): do not trust these times, run it again."
 
 
 def _row(layer, batch: int, backward: bool, seconds: float) -> str:
@@ -46,5 +58,5 @@ def _row(layer, batch: int, backward: bool, seconds: float) -> str:
     return (
         f"{f'{layer.network} {layer.name} {layer.op}':36.36} {'train' if backward else 'forward':8} "
         f"{1e3 * times.ours_median:6.2f} ms {1e3 * times.rival_median:6.2f} ms  "
-        f"{f'{middle:.2f} ({low:.2f} to {high:.2f})':21} {case.ours_error:7.0e}  {vendor(layer.op)}"
+        f"{f'{middle:.2f} ({low:.2f} to {high:.2f})':24} {case.ours_error:7.0e}  {vendor(layer.op)}"
     )
