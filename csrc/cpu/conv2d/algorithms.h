@@ -24,6 +24,14 @@ void input_grad_gemm(const Conv2dParams& p);
 template <class T>
 void weight_grad_gemm(const Conv2dParams& p);
 
+// conv2d/depthwise.cpp: groups of one channel, one filter each.
+template <class T>
+void forward_depthwise(const Conv2dParams& p);
+template <class T>
+void input_grad_depthwise(const Conv2dParams& p);
+template <class T>
+void weight_grad_depthwise(const Conv2dParams& p);
+
 // conv2d/channel_sums.cpp: reductions over pixels.
 template <class T>
 void bias_grad(const Conv2dParams& p);

@@ -5,7 +5,8 @@ namespace cuda_cnn::cpu {
 namespace {
 
 // Fastest first; the last one takes everything.
-constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kGemm, Conv2dAlgorithm::kReference};
+constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kDepthwise, Conv2dAlgorithm::kGemm,
+                                      Conv2dAlgorithm::kReference};
 
 bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
   switch (direction) {
@@ -22,6 +23,8 @@ bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
 // Whether the algorithm can compute this at all.
 bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   switch (algorithm) {
+    case Conv2dAlgorithm::kDepthwise:
+      return p.groups == p.C && p.K == p.C && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kGemm:
       return !empty_sum(direction, p);
     case Conv2dAlgorithm::kReference:
