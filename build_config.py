@@ -6,10 +6,12 @@ Never asks torch.cuda.is_available(): a machine without a GPU (a docker build) c
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,18 +257,18 @@ def _nvcc(home: str) -> Nvcc | None:
     return Nvcc(home, version.group(1), tuple(known)) if version else None
 
 
-def cudart_folder(home: Path, links: Path) -> Path | None:
+def cudart_folder(nvcc: Nvcc | None, links: Path) -> list[str]:
     """Where the linker finds libcudart.so. pip's toolkit has only libcudart.so.13: a link in `links` names it."""
-    folders = [home / "lib64", home / "lib"]
+    folders = [Path(nvcc.home) / name for name in ("lib64", "lib")] if nvcc else []
     for folder in folders:
         if (folder / "libcudart.so").exists():
-            return folder
+            return [str(folder)]
     for library in (library for folder in folders for library in sorted(folder.glob("libcudart.so.*"))):
         links.mkdir(parents=True, exist_ok=True)
         (links / "libcudart.so").unlink(missing_ok=True)
         (links / "libcudart.so").symlink_to(library)
-        return links
-    return None
+        return [str(links)]
+    return []
 
 
 def _output(command: list[str]) -> str:
@@ -298,6 +300,23 @@ def commit(root: Path) -> str:
         _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]).strip()
         or "unknown"
     )
+
+
+def record(facts: Facts, decision: Decision, instruction_sets: list[str], root: Path) -> dict:
+    """What stays beside the binary, since pip hides what a build prints."""
+    return {
+        "torch": facts.torch,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time())))),
+        "commit": commit(root),
+        "compiler": compiler_version(facts.compiler or ""),
+        "instruction_sets": instruction_sets,
+        "cuda": decision.cuda,
+        "why": decision.why,
+        "nvcc": decision.nvcc.version if decision.nvcc else None,
+        "architectures": decision.architectures,
+        "notes": list(decision.notes),
+    }
 
 
 if __name__ == "__main__":  # `python build_config.py` shows what would be built here

@@ -10,7 +10,6 @@ import os
 import platform
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,14 +70,11 @@ def isa_unit(source: Path, isa: str) -> str:
 
 
 def sources(isas: list[str], cuda: bool) -> list[str]:
-    cpu = sorted((CSRC / "cpu").rglob("*.cpp"))
+    cpu = sorted(CSRC.glob("cpu/**/*.cpp"))
     variants = [p for p in cpu if "namespace cuda_cnn::cpu::CUDA_CNN_ISA" in p.read_text()]
-    once = (
-        [p for p in cpu if p not in variants]
-        + sorted(CSRC.glob("*.cpp"))
-        + sorted((CSRC / "ops").rglob("*.cpp"))
-    )
-    once += sorted((CSRC / "cuda").rglob("*.cu")) if cuda else []
+    once = [p for p in cpu if p not in variants]
+    once += sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("ops/**/*.cpp"))
+    once += sorted(CSRC.glob("cuda/**/*.cu")) if cuda else []
     units = [isa_unit(p, isa) for p in variants for isa in isas]
     return [str(p.relative_to(ROOT)) for p in once] + units
 
@@ -102,38 +98,17 @@ def extension(decision: build_config.Decision, knobs: build_config.Knobs, isas: 
 
     macros = [("CUDA_CNN_X86_VARIANTS", "1")] if len(isas) > 1 else []
     macros += [("CUDA_CNN_WITH_CUDA", "1")] if decision.cuda else []
-    cudart = (
-        build_config.cudart_folder(Path(decision.nvcc.home), ROOT / "build" / "cuda")
-        if decision.cuda
-        else None
-    )
+    cudart = build_config.cudart_folder(decision.nvcc, ROOT / "build" / "cuda")
     return (CUDAExtension if decision.cuda else CppExtension)(
         "cuda_cnn._C",
         sources(isas, decision.cuda),
         include_dirs=[str(CSRC)],
-        library_dirs=[str(cudart)] if cudart else [],
+        library_dirs=cudart,
         depends=[str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.is_file()],
         define_macros=macros,
         extra_compile_args=compile_flags(knobs),
         extra_link_args=["-fsanitize=address,undefined"] if knobs.sanitize else [],
     )
-
-
-def build_info(facts: build_config.Facts, decision: build_config.Decision, isas: list[str]) -> dict:
-    epoch = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
-    return {
-        "torch": facts.torch,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime(epoch)),
-        "commit": build_config.commit(ROOT),
-        "compiler": build_config.compiler_version(facts.compiler),
-        "instruction_sets": isas,
-        "cuda": decision.cuda,
-        "why": decision.why,
-        "nvcc": decision.nvcc.version if decision.cuda else None,
-        "architectures": decision.architectures,
-        "notes": list(decision.notes),
-    }
 
 
 def build_command(info: dict, variant: str) -> type:
@@ -180,7 +155,7 @@ def main() -> None:
         + "-sanitize" * knobs.sanitize
         + "-debug" * knobs.debug
     )
-    info = build_info(facts, decision, isas)
+    info = build_config.record(facts, decision, isas, ROOT)
     setup(
         ext_modules=[extension(decision, knobs, isas)], cmdclass={"build_ext": build_command(info, variant)}
     )

@@ -186,14 +186,15 @@ def test_search_for_nvcc_takes_cuda_home_first(tmp_path):
 
 
 def test_cudart_of_pips_toolkit_gets_a_link(tmp_path):
+    nvcc, links = Nvcc(str(tmp_path), "13.0"), tmp_path / "links"
     (tmp_path / "lib").mkdir()
-    assert config.cudart_folder(tmp_path, tmp_path / "links") is None
+    assert config.cudart_folder(None, links) == config.cudart_folder(nvcc, links) == []
     (tmp_path / "lib" / "libcudart.so.13").write_text("the library")
     for _ in range(2):
-        assert config.cudart_folder(tmp_path, tmp_path / "links") == tmp_path / "links"
-    assert (tmp_path / "links" / "libcudart.so").read_text() == "the library"
+        assert config.cudart_folder(nvcc, links) == [str(links)]
+    assert (links / "libcudart.so").read_text() == "the library"
     (tmp_path / "lib" / "libcudart.so").touch()
-    assert config.cudart_folder(tmp_path, tmp_path / "links") == tmp_path / "lib"
+    assert config.cudart_folder(nvcc, links) == [str(tmp_path / "lib")]
 
 
 # ---- setup.py itself ------------------------------------------------------------------------------------
