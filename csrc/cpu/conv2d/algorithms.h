@@ -16,13 +16,18 @@ void input_grad_reference(const Conv2dParams& p);
 template <class T>
 void weight_grad_reference(const Conv2dParams& p);
 
-// conv2d/gemm_passes.cpp, weight_grad.cpp: implicit matrix products.
+// conv2d/passes.cpp, weight_grad.cpp: implicit matrix products.
 template <class T>
 void forward_gemm(const Conv2dParams& p);
 template <class T>
 void input_grad_gemm(const Conv2dParams& p);
 template <class T>
 void weight_grad_gemm(const Conv2dParams& p);
+
+// conv2d/passes.cpp, winograd_weight_grad.cpp: 3x3 taps, stride 1, float32.
+void forward_winograd(const Conv2dParams& p);
+void input_grad_winograd(const Conv2dParams& p);
+void weight_grad_winograd(const Conv2dParams& p);
 
 // conv2d/depthwise.cpp: groups of one channel, one filter each.
 template <class T>

@@ -5,7 +5,7 @@ namespace cuda_cnn::cpu {
 namespace {
 
 // Fastest first; the last one takes everything.
-constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kDepthwise, Conv2dAlgorithm::kGemm,
+constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd, Conv2dAlgorithm::kDepthwise, Conv2dAlgorithm::kGemm,
                                       Conv2dAlgorithm::kReference};
 
 bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
@@ -23,6 +23,9 @@ bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
 // Whether the algorithm can compute this at all.
 bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   switch (algorithm) {
+    case Conv2dAlgorithm::kWinograd:
+      return p.dtype == DType::kFloat32 && p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 &&
+             p.dilation_h == 1 && p.dilation_w == 1 && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kDepthwise:
       return p.groups == p.C && p.K == p.C && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kGemm:
@@ -35,7 +38,11 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
 }
 
 // Whether it is the fastest of those from here on.
-bool worthwhile(Conv2dAlgorithm, Conv2dDirection, const Conv2dParams&) { return true; }
+bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection, const Conv2dParams& p) {
+  if (algorithm != Conv2dAlgorithm::kWinograd) return true;
+  // The transforms cost as much as ten or so channels' worth of products, and tiles of 4x4 must not be mostly edge.
+  return p.allow_winograd && p.C / p.groups >= 16 && p.K / p.groups >= 16 && p.P >= 4 && p.Q >= 4;
+}
 
 }  // namespace
 

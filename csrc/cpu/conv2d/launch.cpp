@@ -9,6 +9,9 @@ void conv2d_forward(const Conv2dParams& params) {
   dispatch_dtype(params.dtype, [&](auto type) {
     using T = decltype(type);
     switch (algorithm) {
+      case Conv2dAlgorithm::kWinograd:
+        forward_winograd(params);
+        break;
       case Conv2dAlgorithm::kDepthwise:
         forward_depthwise<T>(params);
         break;
@@ -28,6 +31,8 @@ void conv2d_input_grad(const Conv2dParams& params) {
   dispatch_dtype(params.dtype, [&](auto type) {
     using T = decltype(type);
     switch (algorithm) {
+      case Conv2dAlgorithm::kWinograd:
+        return input_grad_winograd(params);
       case Conv2dAlgorithm::kDepthwise:
         return input_grad_depthwise<T>(params);
       case Conv2dAlgorithm::kGemm:
@@ -45,6 +50,8 @@ void conv2d_weight_grad(const Conv2dParams& params) {
     if (params.dbias && params.K) bias_grad<T>(params);
     if (!params.dweight || params.K * params.R * params.S * params.C == 0) return;
     switch (algorithm) {
+      case Conv2dAlgorithm::kWinograd:
+        return weight_grad_winograd(params);
       case Conv2dAlgorithm::kDepthwise:
         return weight_grad_depthwise<T>(params);
       case Conv2dAlgorithm::kGemm:

@@ -1,0 +1,27 @@
+// The filters as a correlation reads them.
+#pragma once
+
+#include "cpu/conv2d/pack.h"
+#include "kernels/conv2d.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+
+// Forward: a column an output channel, depth (r, s, input channel). Input gradient: a column an input channel, depth
+// (tap, tap, output channel) over the taps of a phase, backwards, so that they step forwards in dy.
+template <class T>
+struct Filters {
+  const T* weight;             // [K][R][S][channels]
+  int64_t R, S;
+  int64_t channels, outputs;   // of a group
+  bool transposed;             // for the input gradient, with the taps of
+  Conv2dPhase h, w;
+
+  int64_t columns() const { return transposed ? channels : outputs; }
+  int64_t depth() const { return transposed ? h.taps * w.taps * outputs : R * S * channels; }
+};
+
+// The panel [depth][kTileColumns] of the columns from `column` on.
+template <class T>
+void pack_filters(const Filters<T>& filters, int64_t group, int64_t column, Accumulator<T>* panel);
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -1,0 +1,30 @@
+// Correlations of 3x3 taps and stride 1 by Winograd's F(4x4,3x3): see winograd.cpp, winograd_transforms.h.
+#pragma once
+
+#include "cpu/conv2d/filters.h"
+#include "cpu/conv2d/gemm.h"
+#include "cpu/conv2d/winograd_transforms.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+
+// As correlate() of gemm.h; taps are neighbours, and the outputs fill their image.
+void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter, const Filters<float>& filters,
+                        int64_t N, int64_t groups);
+
+// The 6x6 inputs of tiles [begin, end), each of 4x4 outputs, at the points:
+// out[point * point_step + (tile - begin) * tile_step + channel], zero up to a whole vector.
+void winograd_inputs(const Gather<float>& gather, int64_t begin, int64_t end, float* out, int64_t point_step,
+                     int64_t tile_step);
+
+struct WinogradTile {
+  int64_t n, p, q;  // of its first output
+};
+CUDA_CNN_INLINE WinogradTile winograd_tile(int64_t tile, int64_t P, int64_t Q) {
+  const int64_t rows = ceil_div(P, kWinogradOut), columns = ceil_div(Q, kWinogradOut);
+  return {tile / (rows * columns), tile / columns % rows * kWinogradOut, tile % columns * kWinogradOut};
+}
+CUDA_CNN_INLINE int64_t winograd_tiles(int64_t N, int64_t P, int64_t Q) {
+  return N * ceil_div(P, kWinogradOut) * ceil_div(Q, kWinogradOut);
+}
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA
