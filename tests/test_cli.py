@@ -119,6 +119,8 @@ def test_resume_with_another_recipe_is_refused(capsys, trained):
     assert status == 2 and "trained with lr 0.005: it cannot go on with 0.5" in err
     status, _, err = run(capsys, "train", "--resume", str(trained / "weights.safetensors"))
     assert status == 2 and "weights alone" in err
+    status, _, err = run(capsys, "train", "--resume", str(trained), "--data", "mnist:elsewhere")
+    assert status == 2 and "trained with data digits: it cannot go on with mnist:elsewhere" in err
 
 
 def test_train_says_how_well(capsys, tmp_path):

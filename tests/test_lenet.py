@@ -140,6 +140,12 @@ def test_every_printable_character_has_its_own_drawing():
     assert len({tuple(d.tolist()) for d in drawings}) == 95
 
 
+def test_a_network_without_data_leaves_the_drawings_alone():
+    with torch.device("meta"):
+        assert create_model("lenet5").rbf.bitmaps.is_meta
+    assert create_model("lenet5").rbf.bitmaps.sum() < 0
+
+
 def test_digits_are_far_apart():
     apart = torch.pdist(bitmaps("0123456789")) ** 2
     assert apart.min().round() >= 4 * 18  # 18 of 84 pixels

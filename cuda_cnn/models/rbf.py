@@ -185,7 +185,7 @@ def bitmaps(classes: str) -> Tensor:
             raise ValueError(f"classes: {c!r} has no drawing; printable ASCII characters have")
     if not classes or len(set(classes)) != len(classes):
         raise ValueError(f"classes: expected different characters, at least one, got {classes!r}")
-    return torch.stack([_TABLE[c] for c in classes])
+    return torch.tensor([_TABLE[c] for c in classes])
 
 
 class EuclideanRBF(nn.Module):
@@ -220,11 +220,11 @@ def ascii_drawing(values: Tensor, shades: str = " .:+#") -> list[str]:
     return ["".join(shades[i] for i in row) for row in levels.round().int().tolist()]
 
 
-def _parse(text: str) -> dict[str, Tensor]:
+def _parse(text: str) -> dict[str, list[float]]:
     bands = [band.splitlines() for band in text.strip("\n").split("\n\n")]
     drawings = [list(column) for band in bands for column in zip(*(line.split(" ") for line in band))]
     pixels = [[1.0 if p == "#" else -1.0 for row in drawing for p in row] for drawing in drawings]
-    return {chr(ord(" ") + i): torch.tensor(p) for i, p in enumerate(pixels)}
+    return {chr(ord(" ") + i): p for i, p in enumerate(pixels)}
 
 
 _TABLE = _parse(_DRAWINGS)

@@ -94,6 +94,8 @@ def _resume(args: argparse.Namespace, chosen) -> tuple[Trainer, Path]:
             f"{source}: holds weights alone; resume from a run's folder or its {STATE_FILE}"
         )
     before = {**state["recipe"], "seed": state["seed"], "data": state["data"]}
+    if args.data and args.data.partition(":")[0] == state["data"].partition(":")[0]:
+        before["data"] = args.data  # the folder may have moved
     for key in ("model", "data", "seed", *OVERRIDES[1:-1]):
         asked = getattr(args, key)
         if asked is not None and asked != before[key]:
@@ -101,6 +103,6 @@ def _resume(args: argparse.Namespace, chosen) -> tuple[Trainer, Path]:
                 f"{source} was trained with {key} {before[key]}: it cannot go on with {asked}"
             )
     recipe = Recipe.from_dict(state["recipe"]).override(epochs=args.epochs, threads=args.threads)
-    trainer = Trainer(recipe, load_data(state["data"]), state["seed"], chosen)
+    trainer = Trainer(recipe, load_data(before["data"]), state["seed"], chosen)
     trainer.restore(state)
     return trainer, Path(args.out) if args.out else source if source.is_dir() else source.parent
