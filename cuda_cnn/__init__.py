@@ -3,10 +3,10 @@
 from cuda_cnn import _extension  # noqa: F401  (first: it checks the build, loads it, registers the operators)
 
 # isort: split
-from cuda_cnn import backends, functional, nn
+from cuda_cnn import backends, functional, nn, reference
 from cuda_cnn._build_info import build_info as _build_info
 from cuda_cnn.models import create_model, list_models
 
 __version__: str = _build_info()["version"]
 
-__all__ = ["backends", "create_model", "functional", "list_models", "nn"]
+__all__ = ["backends", "create_model", "functional", "list_models", "nn", "reference"]

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from cuda_cnn import functional as F
+from cuda_cnn.models.rbf import EuclideanRBF
 
-__all__ = ["BatchNorm2d", "Concat", "Conv2d", "LocalResponseNorm", "MaxPool2d", "Subsample2d"]
+__all__ = ["BatchNorm2d", "Concat", "Conv2d", "EuclideanRBF", "LocalResponseNorm", "MaxPool2d", "Subsample2d"]
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
