@@ -11,6 +11,9 @@ import pytest
 import torch
 from emulation import Unavailable, emulated, emulated_operators
 
+# float32 means float32, unless a test asks for TF32 by this switch.
+torch.backends.cudnn.allow_tf32 = False
+
 DEVICES = ["cpu", "cuda_emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

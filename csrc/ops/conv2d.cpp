@@ -70,7 +70,7 @@ Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayR
   p.y_pixel = p.K;
   p.algorithm = static_cast<Conv2dAlgorithm>(forced_algorithm().load());
   p.allow_winograd = winograd_allowed().load();
-  p.allow_tf32 = any.is_cuda() && at::globalContext().allowTF32CuDNN();
+  p.allow_tf32 = uses_cuda_kernels(any) && at::globalContext().allowTF32CuDNN();
   return p;
 }
 

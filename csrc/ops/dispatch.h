@@ -43,6 +43,15 @@ inline void* mutable_data(const at::Tensor& tensor) { return tensor.mutable_data
 inline Stream current_stream() { return at::cuda::getCurrentCUDAStream().stream(); }
 #endif
 
+// Whether a launch for this tensor runs CUDA kernels: on a GPU, or emulated.
+inline bool uses_cuda_kernels(const at::Tensor& tensor) {
+#if defined(CUDA_CNN_EMULATED)
+  return tensor.defined();
+#else
+  return tensor.is_cuda();
+#endif
+}
+
 // Defines an operator and gives it one implementation for every kind of tensor: fn itself refuses what it cannot
 // take (with a message that names the argument), and looks at the device when it launches.
 template <class Fn>
