@@ -168,7 +168,7 @@ __device__ __forceinline__ A window_sum(const A* centre, int step, int before, i
 }
 
 template <class T, bool kBackward>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     lrn_tile(Constants<Accumulator<T>> constants, TileShape tile, TileSize size, const T* __restrict__ x,
              const T* __restrict__ dy, T* __restrict__ out) {
   using A = Accumulator<T>;
