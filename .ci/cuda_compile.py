@@ -150,8 +150,10 @@ def examine(nvcc: str, disassembler: str | None, source: Path, arch: str) -> tup
     if disassembler is not None:
         path = f"{Path(disassembler).parent}{os.pathsep}{os.environ['PATH']}"  # for the nvdisasm beside it
         code = run([disassembler, "-sass", str(target)], env={**os.environ, "PATH": path})
-        if code.returncode:
-            errors.append("cannot be disassembled: " + code.stderr[-400:])
+        if "Cannot decode architecture" in code.stderr and arch not in ARCHITECTURES:
+            print(f"cuda_compile: {disassembler} is older than {arch}: its machine code is not read")
+        elif code.returncode:
+            errors.append("cannot be disassembled: " + code.stderr[-400:].strip())
         for mangled, instructions in functions(code.stdout):
             kernel = kernels.get(title(demangle(mangled)))
             if kernel is not None:
