@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import cuda_cnn.nn
 from cuda_cnn import create_model, list_models
 from cuda_cnn.models.densenet import DenseBlock, DenseNet
-from cuda_cnn.models.googlenet import auxiliary_loss
+from cuda_cnn.models.googlenet import AuxiliaryCrossEntropy
 from cuda_cnn.models.resnet import BasicBlock, Bottleneck, ResNet, ZeroPadShortcut
 from cuda_cnn.models.vgg import VGG, init_from_shallower
 
@@ -565,6 +565,7 @@ def test_googlenet_auxiliaries():
     x = reals(2, 3, 64, 64, dtype=torch.float32)
     outputs = model(x)
     target = torch.tensor([1, 3])
+    auxiliary_loss = AuxiliaryCrossEntropy()
     losses = [F.cross_entropy(y, target) for y in outputs]
     assert_near(auxiliary_loss(outputs, target), losses[0] + 0.3 * (losses[1] + losses[2]), 1e-6, "loss")
     assert torch.equal(auxiliary_loss(outputs.logits, target), losses[0])

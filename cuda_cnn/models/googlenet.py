@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import AdaptiveAvgPool2d, Dropout, Identity, Linear, Module, Sequential, init
+from torch.nn import AdaptiveAvgPool2d, CrossEntropyLoss, Dropout, Identity, Linear, Module, Sequential, init
 
 from cuda_cnn import nn
 
 from .base import ConvNet
 from .registry import register_model
 
-__all__ = ["AUXILIARY_WEIGHT", "GoogLeNet", "GoogLeNetOutputs", "auxiliary_loss"]
+__all__ = ["AUXILIARY_WEIGHT", "AuxiliaryCrossEntropy", "GoogLeNet", "GoogLeNetOutputs"]
 
 AUXILIARY_WEIGHT = 0.3  # section 5
 
@@ -60,13 +60,15 @@ class GoogLeNetOutputs(NamedTuple):
     aux_logits1: Tensor
 
 
-def auxiliary_loss(outputs: GoogLeNetOutputs | Tensor, target: Tensor, **kwargs) -> Tensor:
-    """Cross-entropy of the logits plus 0.3 times that of each auxiliary classifier (section 5).
-    kwargs: `F.cross_entropy`'s."""
-    if isinstance(outputs, Tensor):
-        return F.cross_entropy(outputs, target, **kwargs)
-    main, *auxiliary = (F.cross_entropy(logits, target, **kwargs) for logits in outputs)
-    return main + AUXILIARY_WEIGHT * sum(auxiliary)
+class AuxiliaryCrossEntropy(CrossEntropyLoss):
+    """Cross-entropy of the logits plus 0.3 times that of each auxiliary classifier (section 5); of logits alone
+    `torch.nn.CrossEntropyLoss`, whose arguments it takes."""
+
+    def forward(self, outputs: GoogLeNetOutputs | Tensor, target: Tensor) -> Tensor:
+        if isinstance(outputs, Tensor):
+            return super().forward(outputs, target)
+        main, *auxiliary = (super(AuxiliaryCrossEntropy, self).forward(logits, target) for logits in outputs)
+        return main + AUXILIARY_WEIGHT * sum(auxiliary)
 
 
 class BasicConv2d(Module):
@@ -131,7 +133,7 @@ class AuxiliaryClassifier(Module):
 
 
 class GoogLeNet(ConvNet):
-    """Table 1 of the paper. In training it returns GoogLeNetOutputs (see `auxiliary_loss`), else the logits.
+    """Table 1 of the paper. In training it returns GoogLeNetOutputs (see AuxiliaryCrossEntropy), else the logits.
 
     variant: "paper" (local response normalisation, 5×5 convolutions, biases, dropout 0.4) or "torchvision"
         (batch normalisation, no LRN, 3×3 for 5×5, adaptive pools in the auxiliaries, dropout 0.2).

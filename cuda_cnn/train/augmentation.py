@@ -13,6 +13,8 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from ..models.registry import nearest
+from .colour import ColourNoise
+from .crops import Crop, Flip, ScaleJitter
 
 __all__ = ["AUGMENTATIONS", "Affine", "build"]
 
@@ -42,7 +44,13 @@ class Affine:
         return F.grid_sample(images - paper, grid, align_corners=False) + paper
 
 
-AUGMENTATIONS = {"affine": Affine}
+AUGMENTATIONS = {
+    "affine": Affine,
+    "colour_noise": ColourNoise,
+    "crop": Crop,
+    "flip": Flip,
+    "scale_jitter": ScaleJitter,
+}
 
 
 def build(descriptions: list[dict]) -> list:

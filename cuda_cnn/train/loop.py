@@ -54,8 +54,10 @@ class Evaluation:
         return torch.bincount(self.labels * k + self.scores.argmax(1), minlength=k * k).reshape(k, k)
 
 
-def scores(model: nn.Module, output: Tensor) -> Tensor:
-    """A network's output as scores, larger is better: minus the penalties where it gives penalties."""
+def scores(model: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """A network's output as scores, larger is better: minus the penalties where it gives penalties; those of the
+    main classifier, the first, where there are auxiliary ones."""
+    output = output[0] if isinstance(output, tuple) else output
     return -output if getattr(model, "penalties", False) else output
 
 
@@ -158,7 +160,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return value, int((scores(self.model, output.detach()).argmax(1) == labels).sum())
+        return value, int((scores(self.model, output).argmax(1) == labels).sum())
 
     def _end_epoch(self, result: Evaluation, progress: Progress) -> None:
         self.epoch, self.step = self.epoch + 1, 0

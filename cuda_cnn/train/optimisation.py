@@ -7,14 +7,17 @@ from collections.abc import Iterable
 
 from torch import nn, optim
 
+from ..models.googlenet import AuxiliaryCrossEntropy
 from ..models.lenet import EuclideanLoss, MAPLoss
 from ..models.registry import nearest
+from .optim import AlexNetSGD
 from .recipes import Recipe
 
 __all__ = ["LOSSES", "OPTIMIZERS", "SCHEDULES", "make_loss", "make_optimizer", "schedule_factor"]
 
 OPTIMIZERS = {
     "sgd": lambda params, r: optim.SGD(params, r.lr, momentum=r.momentum, weight_decay=r.weight_decay),
+    "alexnet_sgd": lambda params, r: AlexNetSGD(params, r.lr, r.momentum, r.weight_decay),
     "adam": lambda params, r: optim.Adam(params, r.lr, weight_decay=r.weight_decay),
 }
 
@@ -24,7 +27,7 @@ SCHEDULES = {
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
 }
 
-LOSSES = {"cross_entropy": nn.CrossEntropyLoss, "map": MAPLoss, "euclidean": EuclideanLoss}
+LOSSES = {"cross_entropy": AuxiliaryCrossEntropy, "map": MAPLoss, "euclidean": EuclideanLoss}
 PENALTY_LOSSES = (MAPLoss, EuclideanLoss)
 
 
