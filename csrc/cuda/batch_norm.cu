@@ -29,7 +29,7 @@ template <class A>
 struct Workspace {
   A *mean, *scale, *shift;                   // BatchNormMap
   A *grad_scale, *grad_slope, *grad_offset;  // BatchNormGradient
-  A* partials;                               // [part][channel][2]
+  double* partials;                          // [part][channel][2]
 
   Workspace(void* base, int64_t channels) {
     const int64_t padded = ceil_div(channels, 4) * 4;
@@ -38,7 +38,7 @@ struct Workspace {
       *vector = next;
       next += padded;
     }
-    partials = next;
+    partials = reinterpret_cast<double*>(next);
   }
 };
 
@@ -97,17 +97,39 @@ __device__ __forceinline__ A finite_or_zero(A value) {
 }
 
 // The part as finish_* reads it: forward (sum, M2), backward the sums themselves.
-template <bool kBackward, class A>
-__device__ __forceinline__ void store_partial(A* partial, A first, A second, A pivot, int64_t count) {
-  const A spread = second - first * (first / A(count));
-  partial[0] = kBackward ? first : pivot * A(count) + first;
-  partial[1] = kBackward ? second : spread < 0 ? A(0) : spread;
+template <bool kBackward>
+__device__ __forceinline__ void store_partial(double* partial, double first, double second, double pivot,
+                                              int64_t count) {
+  const double spread = second - first * (first / count);
+  partial[0] = kBackward ? first : pivot * count + first;
+  partial[1] = kBackward ? second : spread < 0 ? 0 : spread;
 }
+
+constexpr int kPivotRows = 8;
 
 template <class A, int kLines, int kColumns>
 struct RowsShared {
   A first[kLines][kColumns], second[kLines][kColumns];
+  A pivot[kColumns];
 };
+
+// The mean of the part's first rows: near the channel's mean, so that little is lost when it is taken off
+// again. An infinite pivot would turn finite values into NaN.
+template <class T, int kLines, int kColumns>
+__device__ __forceinline__ void find_pivots(RowsShared<Accumulator<T>, kLines, kColumns>& shared,
+                                            const T* first_row, int64_t channels, int64_t first_channel,
+                                            int64_t rows) {
+  using A = Accumulator<T>;
+  const int count = static_cast<int>(min64(kPivotRows, rows));
+  for (int column = threadIdx.x; column < kColumns; column += kThreads) {
+    A sum = 0;
+    for (int row = 0; row < count && first_channel + column < channels; ++row) {
+      sum += widen_fast(first_row[row * channels + first_channel + column]);
+    }
+    shared.pivot[column] = finite_or_zero(sum / A(count));
+  }
+  __syncthreads();
+}
 
 template <int kPack>
 constexpr int kRowLanes = kPack == 1 ? 32 : 8;
@@ -122,15 +144,16 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t first_channel = int64_t{blockIdx.y} * kColumns, channel = first_channel + lane * kPack;
   const int64_t first_row = int64_t{blockIdx.x} * kPartRows, count = min64(kPartRows, rows - first_row);
   A mean[kPack] = {}, scale[kPack] = {}, shift[kPack] = {}, first[kPack] = {}, second[kPack] = {};
+  if constexpr (!kBackward)
+    find_pivots(shared, terms.x + first_row * channels, channels, first_channel, count);
   if (channel < channels) {
     if constexpr (kBackward) {
       load_widened<kPack, A>(mean, workspace.mean + channel);
       load_widened<kPack, A>(scale, workspace.scale + channel);
       load_widened<kPack, A>(shift, workspace.shift + channel);
     } else {
-      load_widened<kPack, T>(mean, terms.x + first_row * channels + channel);
 #pragma unroll
-      for (int e = 0; e < kPack; ++e) mean[e] = finite_or_zero(mean[e]);
+      for (int e = 0; e < kPack; ++e) mean[e] = shared.pivot[lane * kPack + e];
     }
     for (int64_t row = line; row < count; row += kLines) {
       const int64_t offset = (first_row + row) * channels + channel;
@@ -150,9 +173,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     a += shared.first[other][column];
     b += shared.second[other][column];
   }
-  const A pivot = kBackward
-                      ? A(0)
-                      : finite_or_zero(A(widen_fast(terms.x[first_row * channels + first_channel + column])));
+  const A pivot = kBackward ? A(0) : shared.pivot[column];
   store_partial<kBackward>(workspace.partials + (blockIdx.x * channels + first_channel + column) * 2, a, b,
                            pivot, count);
 }
@@ -174,8 +195,13 @@ __global__ void __launch_bounds__(kThreads, 3)
     return (at.quotient * s.channels + channel) * s.spatial + at.remainder;
   };
   A mean[kPack], scale[kPack], shift[kPack], first[kPack] = {}, second[kPack] = {};
-  const A centre =
-      kBackward ? workspace.mean[channel] : finite_or_zero(A(widen_fast(terms.x[offset_of(begin)])));
+  A centre;
+  if constexpr (kBackward) {
+    centre = workspace.mean[channel];
+  } else {
+    const A value = threadIdx.x < count ? A(widen_fast(terms.x[offset_of(begin + threadIdx.x)])) : A(0);
+    centre = finite_or_zero(block_reduce<kThreads>(value, shared.scratch, Sum{}) / A(min64(kThreads, count)));
+  }
 #pragma unroll
   for (int e = 0; e < kPack; ++e) {
     mean[e] = centre;
@@ -208,15 +234,15 @@ struct Sums {
 };
 
 // Sums over the parts for the channel of this thread's column; valid in line 0. `term` maps a part's pair.
-template <class A, class Term>
-__device__ __forceinline__ Sums sum_parts(FinishShared& shared, const A* partials, int64_t channel,
+template <class Term>
+__device__ __forceinline__ Sums sum_parts(FinishShared& shared, const double* partials, int64_t channel,
                                           int64_t channels, int64_t parts, Term term) {
   const int column = threadIdx.x % kFinishChannels, line = threadIdx.x / kFinishChannels;
   Sums sums{0, 0};
   if (channel < channels) {
     for (int64_t part = line; part < parts; part += kFinishLines) {
-      const A* pair = partials + (part * channels + channel) * 2;
-      const Sums value = term(part, static_cast<double>(pair[0]), static_cast<double>(pair[1]));
+      const double* pair = partials + (part * channels + channel) * 2;
+      const Sums value = term(part, pair[0], pair[1]);
       sums.first += value.first;
       sums.second += value.second;
     }
@@ -429,7 +455,7 @@ bool fits_packs(const BatchNormShape& s, Pointers... pointers) {
 
 int64_t batch_norm_workspace_bytes(const BatchNormShape& s) {
   const int64_t vectors = 6 * ceil_div(s.channels, 4) * 4;
-  return (vectors + parts_of(s) * s.channels * 2) * (s.dtype == DType::kFloat64 ? 8 : 4);
+  return vectors * (s.dtype == DType::kFloat64 ? 8 : 4) + parts_of(s) * s.channels * 2 * 8;
 }
 
 void batch_norm_forward(const BatchNormParams& p, Stream stream) {

@@ -14,11 +14,20 @@ constexpr int kColumns = 32, kLines = 8;  // a block: neighbouring channels, and
 
 template <class A>
 struct PartShared {
-  A sum[kLines][kColumns], square[kLines][kColumns], pivot[kColumns];
+  A sum[kLines][kColumns], square[kLines][kColumns];
 };
 
+template <class A>
+__device__ __forceinline__ A add_lines(const A (&lines)[kLines][kColumns], int column) {
+  A sum = lines[0][column];
+#pragma unroll
+  for (int line = 1; line < kLines; ++line) sum += lines[line][column];
+  return sum;
+}
+
+// Twice over the part, which the cache still holds: the squares are taken about its mean.
 template <class T>
-__global__ void __launch_bounds__(kColumns* kLines)
+__global__ void __launch_bounds__(kColumns* kLines, 3)
     part_sums(int64_t pixels, int64_t channels, int64_t pixel_stride, const T* __restrict__ data,
               Accumulator<T>* __restrict__ partials) {
   using A = Accumulator<T>;
@@ -26,29 +35,23 @@ __global__ void __launch_bounds__(kColumns* kLines)
   const int column = threadIdx.x % kColumns, line = threadIdx.x / kColumns;
   const int64_t channel = int64_t{blockIdx.y} * kColumns + column, first = int64_t{blockIdx.x} * kSumPixels;
   const bool exists = channel < channels;
-  const int count = static_cast<int>(min64(kSumPixels, pixels - first));
+  const int count = exists ? static_cast<int>(min64(kSumPixels, pixels - first)) : 0;
   const T* from = data + first * pixel_stride + channel;
-  const A pivot = exists ? widen_fast(from[0]) : A(0);
   A sum = 0, square = 0;
-  if (exists) {
-    for (int i = line; i < count; i += kLines) {
-      const A difference = widen_fast(from[i * pixel_stride]) - pivot;
-      sum += difference;
-      square += difference * difference;
-    }
-  }
+  for (int i = line; i < count; i += kLines) sum += widen_fast(from[i * pixel_stride]);
   shared.sum[line][column] = sum;
+  __syncthreads();
+  sum = add_lines(shared.sum, column);
+  for (int i = line; i < count; i += kLines) {
+    const A difference = widen_fast(from[i * pixel_stride]) - sum / count;
+    square += difference * difference;
+  }
   shared.square[line][column] = square;
   __syncthreads();
   if (line != 0 || !exists) return;
-  for (int other = 1; other < kLines; ++other) {
-    sum += shared.sum[other][column];
-    square += shared.square[other][column];
-  }
-  const A spread = square - sum * (sum / count);
   A* out = partials + (blockIdx.x * channels + channel) * 2;
-  out[0] = pivot * count + sum;
-  out[1] = spread < 0 ? A(0) : spread;
+  out[0] = sum;
+  out[1] = add_lines(shared.square, column);
 }
 
 struct FinishShared {
