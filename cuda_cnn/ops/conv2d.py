@@ -230,7 +230,7 @@ def _pad(
     x: Tensor, weight: Tensor, stride: list[int], padding: str, dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
     """The input and the symmetric padding that stand for padding="same" or "valid"."""
-    if padding == "valid":
+    if padding == "valid" or weight.dim() != 4:  # the operator itself refuses another rank
         return x, [0, 0]
     if padding != "same":
         raise RuntimeError(f'conv2d: expected padding "same", "valid" or numbers, got {padding!r}')
