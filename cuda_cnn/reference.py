@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["concat", "conv2d", "local_response_norm", "max_pool2d", "subsample"]
+__all__ = ["batch_norm", "concat", "conv2d", "local_response_norm", "max_pool2d", "subsample"]
 
 
 def local_response_norm(
@@ -110,3 +110,27 @@ def subsample(
     return {"tanh": lambda a: 1.7159 * torch.tanh(2 / 3 * a), "sigmoid": torch.sigmoid, "none": lambda a: a}[
         squash
     ](a)
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """y_c = (x_c − μ_c) / √(σ²_c + ε) · γ_c + β_c (+ residual, ReLU), μ and σ² of the batch or the running ones."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    mean = x.mean(dims) if training else running_mean
+    var = x.var(dims, correction=0) if training else running_var
+    weight = torch.ones_like(mean) if weight is None else weight
+    bias = torch.zeros_like(mean) if bias is None else bias
+    mean, var, weight, bias = (t.view(-1, *[1] * (x.dim() - 2)) for t in (mean, var, weight, bias))
+    y = (x - mean) / (var + eps).sqrt() * weight + bias
+    if residual is not None:
+        y = y + residual
+    return y.clamp(min=0) if relu else y

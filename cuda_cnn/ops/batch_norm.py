@@ -259,7 +259,7 @@ def _check(
         raise ValueError(
             f"batch_norm: Expected more than 1 value per channel when training, got input size {tuple(input.shape)}"
         )
-    if eps < 0 or training and eps == 0:
+    if eps < 0 or (training and eps == 0):
         wanted = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm: eps must be {wanted}, got {eps}")
     if training and (running_mean is None) != (running_var is None):
