@@ -92,9 +92,9 @@ def check_against_reference(shape, dtype, layout, training, fused, device="cpu",
     for name, a, e, size in zip(names, actual, expected, bounds, strict=False):
         # The result's own rounding, and a few of the type that sums are taken in.
         internal = ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
-            ROUNDOFF[dtype] if dtype.itemsize > 2 else 0, ROUNDOFF[torch.float32] * (dtype.itemsize <= 4)
+        bound = (
+            8 * internal * size + ROUNDOFF[a.dtype] * e.abs() + (2.0**-24 if dtype == torch.float16 else 0)
         )
-        bound = 8 * internal * size + ROUNDOFF[a.dtype] * e.abs() + (2.0**-24 if dtype == torch.float16 else 0)
         bad = ~((a.detach().cpu().double() - e).abs() <= bound)
         what = f"{name} of {shape}, {layout}, {training=}, {residual=}, {relu=}"
         assert not bad.any(), _report(a.detach().cpu(), e.detach(), bad, what)
