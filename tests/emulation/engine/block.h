@@ -99,11 +99,15 @@ struct Warp {
 
 // ---- one byte pair of shared memory, for shadow.cpp ----
 
+struct Read {
+  int thread;
+  uint32_t clock;
+};
 struct Shadow {
-  uint32_t write_epoch = 0, write_clock = 0, read_epoch = 0, read_clock = 0;
-  uint32_t readers = 0;  // index of the clocks of several readers
-  int16_t writer = -1, reader = -1;
+  uint32_t write_epoch = 0, write_clock = 0, read_epoch = 0;
+  int writer = -1;
   bool written = false, in_flight = false;
+  std::vector<Read> reads;  // in read_epoch, since the last write
 };
 
 // ---- the block ----
@@ -123,7 +127,6 @@ struct Block {
   uint32_t epoch = 0;        // grows at every barrier of the block, and from block to block
   uint32_t first_epoch = 0;  // of this block
   std::vector<Shadow> shadow;
-  std::vector<std::vector<uint32_t>> reader_clocks;
   FiberContext main_context;
   char* stacks = nullptr;
   size_t stacks_bytes = 0;

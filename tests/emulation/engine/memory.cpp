@@ -71,30 +71,37 @@ void memory_access(const void* pointer, uint32_t bytes, Access access, const Sit
 namespace {
 
 // Registers that live on a fiber's stack, and the kernel's arguments, are no memory to a kernel.
+bool is_register(const void* pointer) {
+  return current == nullptr || is_within(pointer, block.stacks, block.stacks_bytes) ||
+         is_within(pointer, block.launch->arguments, block.launch->argument_bytes);
+}
+
 void plain_access(const void* pointer, uint32_t bytes, Access access, const void* pc) {
-  if (current == nullptr || is_within(pointer, block.stacks, block.stacks_bytes)) return;
-  if (is_within(pointer, block.launch->arguments, block.launch->argument_bytes)) return;
-  memory_access(pointer, bytes, access, Site(pc));
+  if (!is_register(pointer)) memory_access(pointer, bytes, access, Site(pc));
+}
+
+// Where the type does not promise alignment, the device too would go byte by byte.
+void bytewise_access(const void* pointer, size_t bytes, Access access, const void* pc) {
+  if (is_register(pointer)) return;
+  for (size_t i = 0; i < bytes; ++i)
+    memory_access(static_cast<const char*>(pointer) + i, 1, access, Site(pc));
 }
 
 }  // namespace
 
 }  // namespace cuda_cnn::emulation
 
-using cuda_cnn::emulation::Access;
+using namespace cuda_cnn::emulation;
 
-#define CUDA_CNN_HOOKS(bytes)                                                                 \
-  void __tsan_read##bytes(void* p) {                                                          \
-    cuda_cnn::emulation::plain_access(p, bytes, Access::kRead, __builtin_return_address(0));  \
-  }                                                                                           \
-  void __tsan_write##bytes(void* p) {                                                         \
-    cuda_cnn::emulation::plain_access(p, bytes, Access::kWrite, __builtin_return_address(0)); \
+#define CUDA_CNN_HOOKS(bytes)                                                                                \
+  void __tsan_read##bytes(void* p) { plain_access(p, bytes, Access::kRead, __builtin_return_address(0)); }   \
+  void __tsan_write##bytes(void* p) { plain_access(p, bytes, Access::kWrite, __builtin_return_address(0)); } \
+  void __tsan_unaligned_read##bytes(void* p) {                                                               \
+    bytewise_access(p, bytes, Access::kRead, __builtin_return_address(0));                                   \
+  }                                                                                                          \
+  void __tsan_unaligned_write##bytes(void* p) {                                                              \
+    bytewise_access(p, bytes, Access::kWrite, __builtin_return_address(0));                                  \
   }
-
-// Where the type does not promise alignment, the device too would access byte by byte.
-#define CUDA_CNN_BYTEWISE_HOOKS(bytes)                                        \
-  void __tsan_unaligned_read##bytes(void* p) { __tsan_read_range(p, bytes); } \
-  void __tsan_unaligned_write##bytes(void* p) { __tsan_write_range(p, bytes); }
 
 extern "C" {
 void __tsan_init() {}
@@ -107,19 +114,9 @@ CUDA_CNN_HOOKS(4)
 CUDA_CNN_HOOKS(8)
 CUDA_CNN_HOOKS(16)
 void __tsan_read_range(void* p, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) {
-    cuda_cnn::emulation::plain_access(static_cast<char*>(p) + i, 1, Access::kRead,
-                                      __builtin_return_address(0));
-  }
+  bytewise_access(p, bytes, Access::kRead, __builtin_return_address(0));
 }
 void __tsan_write_range(void* p, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) {
-    cuda_cnn::emulation::plain_access(static_cast<char*>(p) + i, 1, Access::kWrite,
-                                      __builtin_return_address(0));
-  }
+  bytewise_access(p, bytes, Access::kWrite, __builtin_return_address(0));
 }
-CUDA_CNN_BYTEWISE_HOOKS(2)
-CUDA_CNN_BYTEWISE_HOOKS(4)
-CUDA_CNN_BYTEWISE_HOOKS(8)
-CUDA_CNN_BYTEWISE_HOOKS(16)
 }

@@ -11,7 +11,7 @@ namespace cuda_cnn::emulation {
 namespace {
 
 constexpr uint32_t kGranule = 2;
-constexpr int16_t kNobody = -1, kSeveral = -2;
+constexpr int kNobody = -1;
 
 const char* name(Access access) {
   return access == Access::kRead ? "read" : access == Access::kWrite ? "write" : "atomic update";
@@ -45,42 +45,36 @@ bool is_before(uint32_t epoch, uint32_t clock, int thread, const Known& clocks) 
 
 // A thread whose read of the cell nothing orders before now, or kNobody.
 int unordered_reader(const Shadow& cell, const Known& clocks) {
-  if (cell.reader == kNobody || cell.read_epoch < block.epoch) return kNobody;
-  if (cell.reader != kSeveral) return cell.read_clock <= clocks[cell.reader] ? kNobody : cell.reader;
-  const std::vector<uint32_t>& reads = block.reader_clocks[cell.readers];
-  for (int thread = 0; thread < block.threads; ++thread) {
-    if (reads[thread] > clocks[thread]) return thread;
+  if (cell.read_epoch < block.epoch) return kNobody;
+  for (const Read& read : cell.reads) {
+    if (read.clock > clocks[read.thread]) return read.thread;
   }
   return kNobody;
 }
 
+void keep_last_of_each_thread(std::vector<Read>& reads) {
+  std::vector<uint32_t> last(block.threads, 0);
+  for (const Read& read : reads) last[read.thread] = read.clock;
+  reads.clear();
+  for (int thread = 0; thread < block.threads; ++thread) {
+    if (last[thread] != 0) reads.push_back({thread, last[thread]});
+  }
+}
+
 void remember_read(Shadow& cell, const Known& clocks) {
   const int self = current->id;
-  const bool none = cell.reader == kNobody || cell.read_epoch < block.epoch;
-  if (none || (cell.reader != kSeveral && cell.read_clock <= clocks[cell.reader])) {
-    cell.reader = static_cast<int16_t>(self);
-    cell.read_epoch = block.epoch;
-    cell.read_clock = clocks[self];
-    return;
-  }
-  if (cell.readers == 0) {
-    cell.readers = static_cast<uint32_t>(block.reader_clocks.size());
-    block.reader_clocks.emplace_back();
-  }
-  std::vector<uint32_t>& reads = block.reader_clocks[cell.readers];
-  if (cell.reader != kSeveral) {
-    reads.assign(block.threads, 0);
-    reads[cell.reader] = cell.read_clock;
-    cell.reader = kSeveral;
-  }
-  reads[self] = clocks[self];
+  if (cell.read_epoch < block.epoch) cell.reads.clear();
+  cell.read_epoch = block.epoch;
+  if (!cell.reads.empty() && cell.reads.back().thread == self) cell.reads.pop_back();
+  cell.reads.push_back({self, clocks[self]});
+  if (cell.reads.size() > 2u * block.threads) keep_last_of_each_thread(cell.reads);
 }
 
 void remember_write(Shadow& cell, const Known& clocks) {
-  cell.writer = static_cast<int16_t>(current->id);
+  cell.writer = current->id;
   cell.write_epoch = block.epoch;
   cell.write_clock = clocks[current->id];
-  cell.reader = kNobody;
+  cell.reads.clear();
   cell.written = true;
 }
 
@@ -89,10 +83,9 @@ void for_each_cell(uint32_t offset, uint32_t bytes, Fn fn) {
   const uint32_t last = (offset + bytes - 1) / kGranule;
   for (uint32_t i = offset / kGranule; i <= last; ++i) {
     Shadow& cell = block.shadow[i];
-    if (cell.write_epoch < block.first_epoch && cell.read_epoch < block.first_epoch) {  // another block's
-      const uint32_t readers = cell.readers;
-      cell = Shadow{};
-      cell.readers = readers;
+    if (cell.write_epoch < block.first_epoch) {  // another block's
+      cell.writer = kNobody;
+      cell.written = cell.in_flight = false;
     }
     fn(cell, i * kGranule);
   }
@@ -103,7 +96,6 @@ void for_each_cell(uint32_t offset, uint32_t bytes, Fn fn) {
 void shadow_start_block() {
   block.first_epoch = ++block.epoch;
   block.shadow.resize(kSharedLimit / kGranule);
-  if (block.reader_clocks.empty()) block.reader_clocks.emplace_back();  // index 0 stands for none
 }
 
 void shadow_access(uint32_t offset, uint32_t bytes, Access access, const Site& site) {
