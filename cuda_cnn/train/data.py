@@ -1,12 +1,13 @@
-"""Data sets: `load_data("digits")`, `load_data("mnist:FOLDER")`.
+"""Data sets: `load_data("digits")`, `load_data("mnist:FOLDER")`, and cifar10:, cifar100:, imagefolder:.
 
-A source is a function `folder -> Data`, one row of SOURCES. Pictures are tensors of N×C×H×W with the paper's
-levels: background −0.1, full ink 1.175, so that the mean is about 0 and the variance about 1.
+A source is a function `folder -> Data`, one row of SOURCES. Pictures are tensors of N×C×H×W, digits with the
+paper's levels: background −0.1, full ink 1.175, so that the mean is about 0 and the variance about 1.
 """
 
 from __future__ import annotations
 
 import gzip
+import importlib
 import math
 import zlib
 from collections.abc import Callable
@@ -176,4 +177,15 @@ def _find_idx(folder: Path, stem: str, kind: str) -> Path:
     raise DataError(f"{folder}: no {names[0]} or {names[1]} in it")
 
 
-SOURCES: dict[str, Callable[[str], Data]] = {"digits": digits, "mnist": mnist}
+def _from(module: str, name: str) -> Callable[[str], Data]:
+    """A source whose module is imported on its first use."""
+    return lambda folder: getattr(importlib.import_module(module, __package__), name)(folder)
+
+
+SOURCES: dict[str, Callable[[str], Data]] = {
+    "digits": digits,
+    "mnist": mnist,
+    "cifar10": _from(".cifar", "cifar10"),
+    "cifar100": _from(".cifar", "cifar100"),
+    "imagefolder": _from(".imagefolder", "imagefolder"),
+}
