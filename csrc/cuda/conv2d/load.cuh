@@ -28,13 +28,43 @@ __device__ __forceinline__ Accumulator<T> mapped(const Prologue& prologue, Accum
   return conv2d_prologue(value, scale, shift, prologue.relu);
 }
 
+// The prologue of kPack neighbouring channels, loaded once for all pixels of a thread.
 template <class T>
-__device__ __forceinline__ void map_pack(Pack<T, kPackSize<T>>& pack, const Prologue& prologue, int channel) {
+struct ChannelMap {
+  using A = Accumulator<T>;
+  static constexpr int kPack = kPackSize<T>;
+  A scale[kPack], shift[kPack];
+  bool relu;
+
+  __device__ __forceinline__ ChannelMap(const Prologue& prologue, int channel) : relu(prologue.relu) {
 #pragma unroll
-  for (int e = 0; e < kPackSize<T>; ++e) {
-    pack.elements[e] = narrow_fast<T>(mapped<T>(prologue, widen_fast(pack.elements[e]), channel + e));
+    for (int e = 0; e < kPack; ++e) {
+      scale[e] = prologue.scale ? static_cast<const A*>(prologue.scale)[channel + e] : A(1);
+      shift[e] = prologue.shift ? static_cast<const A*>(prologue.shift)[channel + e] : A(0);
+    }
   }
-}
+
+  __device__ __forceinline__ Pack<T, kPack> operator()(const Pack<T, kPack>& pack) const {
+    A values[kPack];
+#pragma unroll
+    for (int e = 0; e < kPack; ++e) {
+      values[e] = conv2d_prologue(widen_fast(pack.elements[e]), scale[e], shift[e], relu);
+    }
+    Pack<T, kPack> result;
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int e = 0; e < kPack; e += 2) {
+        const uint32_t pair = narrow_pair<T>(values[e], values[e + 1]);
+        result.elements[e].bits = static_cast<uint16_t>(pair);
+        result.elements[e + 1].bits = static_cast<uint16_t>(pair >> 16);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPack; ++e) result.elements[e] = narrow_fast<T>(values[e]);
+    }
+    return result;
+  }
+};
 
 // Tile of kRows output pixels: 64 bytes of each one's taps and channels.
 template <class T, int kRows, Load kLoad>
@@ -72,12 +102,17 @@ class PixelRows {
   }
 
   __device__ __forceinline__ void finish(uint32_t tile) {
-    if constexpr (kLoad != Load::kAsync) {
+    if constexpr (kLoad == Load::kMapped) {
+      // Past the reduction's end there is no channel, and nothing to map.
+      const ChannelMap<T> map(p_.prologue, inside_ != 0 ? channel_ : 0);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (kLoad == Load::kMapped && (inside_ >> i & 1)) map_pack<T>(staged_[i], p_.prologue, channel_);
-        ptx::store_shared(tile + Layout::offset(row(i), chunk()), staged_[i]);
+        if (inside_ >> i & 1) staged_[i] = map(staged_[i]);
       }
+    }
+    if constexpr (kLoad != Load::kAsync) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) ptx::store_shared(tile + Layout::offset(row(i), chunk()), staged_[i]);
     }
   }
 

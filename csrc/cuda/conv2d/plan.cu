@@ -23,26 +23,27 @@ constexpr int64_t kMaxDepthwiseTaps = 64;  // they lie in shared memory
 
 int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
-// Whether positions, pixels and reductions fit into the products' 32-bit arithmetic.
-bool fits_product(Conv2dDirection direction, const Conv2dParams& p) {
+// Whether every position in and around the image, and every number of a pixel, fits into 32-bit arithmetic.
+bool fits_int32(const Conv2dParams& p) {
   const auto reach = [](int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad,
                         int64_t dilation) {
     return in + out * stride + kernel * dilation + (pad < 0 ? -pad : pad);
   };
-  const int64_t h = reach(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
-  const int64_t w = reach(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
+  return p.N * p.H * p.W < kMaxPixels && p.N * p.P * p.Q < kMaxPixels &&
+         reach(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h) < kFarthest &&
+         reach(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w) < kFarthest;
+}
+
+bool fits_product(Conv2dDirection direction, const Conv2dParams& p) {
+  if (p.C == 0 || p.K == 0 || !fits_int32(p)) return false;
   const bool phased = direction == Conv2dDirection::kInputGrad;
   const int64_t phases = phased ? kMaxPhases * kMaxPhases : 1;
-  return p.N * p.H * p.W < kMaxPixels && p.N * p.P * p.Q < kMaxPixels && h < kFarthest && w < kFarthest &&
-         p.R * p.S < kMaxReduction && p.R * p.S * (p.C / p.groups) < kMaxReduction &&
-         p.R * p.S * (p.K / p.groups) < kMaxReduction && p.C > 0 && p.K > 0 && p.C < kMaxReduction &&
-         p.K < kMaxReduction && p.groups * phases <= kMaxGrid &&
-         (!phased || p.stride_h * p.stride_w <= kMaxStrides);
+  if (phased && (p.stride_h * p.stride_w > kMaxStrides || p.R * p.S > kMaxGrid)) return false;
+  return p.R * p.S * max64(p.C, p.K) < kMaxReduction && p.groups * phases <= kMaxGrid;
 }
 
 bool is_depthwise(const Conv2dParams& p) {
-  return p.C > 0 && p.C == p.groups && p.K == p.groups && p.R * p.S <= kMaxDepthwiseTaps &&
-         p.N * p.H * p.W < kMaxPixels && p.N * p.P * p.Q < kMaxPixels;
+  return p.C > 0 && p.C == p.groups && p.K == p.groups && p.R * p.S <= kMaxDepthwiseTaps && fits_int32(p);
 }
 
 Method choose_method(Conv2dDirection direction, const Conv2dParams& p) {
