@@ -1,8 +1,12 @@
 """The emulator under test: it must catch the mistakes planted in kernels, and not blame correct ones."""
 
+import contextlib
 import ctypes
 import itertools
 import re
+import shutil
+import subprocess
+from typing import Any
 
 import pytest
 import torch
@@ -27,39 +31,40 @@ EVERY_ORDER = [
 class Kernels:
     """The functions of planted.cu, each with its result and the emulator's report: empty if all is well."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, library: ctypes.CDLL, engine: Engine | None = None) -> None:
+        self.library, self.engine = library, engine
 
     def gemm(
         self, bug: str = "none", m: int = 100, n: int = 72, depth: int = 136
     ) -> tuple[torch.Tensor, str]:
         a, b = matrices(m, n, depth)
-        d = torch.full((m, n), float("nan"))
-        return d, self._run("run_gemm", BUGS.index(bug), a, b, d, m, n, depth)
+        return self._run("run_gemm", torch.full((m, n), float("nan")), a, b, m, n, depth, bug=bug)
 
     def row_sums(self, bug: str = "none", rows: int = 4, columns: int = 200) -> tuple[torch.Tensor, str]:
         x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
-        sums = torch.zeros(rows)
-        return sums, self._run("run_row_sums", BUGS.index(bug), x, sums, rows, columns)
+        return self._run("run_row_sums", torch.zeros(rows), x, rows, columns, bug=bug)
 
     def tf32_product(self, a: torch.Tensor, b: torch.Tensor, bug: str = "none") -> tuple[torch.Tensor, str]:
-        d = torch.full((16, 8), float("nan"))
-        return d, self._run("run_tf32_product", BUGS.index(bug), a, b, d)
+        return self._run("run_tf32_product", torch.full((16, 8), float("nan")), a, b, bug=bug)
 
     def wrappers(self, rows: torch.Tensor) -> tuple[torch.Tensor, str]:
-        fragments = torch.zeros(32, 14, dtype=torch.int32)
-        return fragments, self._run("run_wrappers", rows, fragments)
+        return self._run("run_wrappers", torch.zeros(32, 14, dtype=torch.int32), rows)
 
-    def _run(self, name: str, *arguments: int | torch.Tensor) -> str:
-        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        function = getattr(self.engine.library, name)
+    def _run(
+        self, name: str, result: torch.Tensor, *inputs: Any, bug: str = "none"
+    ) -> tuple[torch.Tensor, str]:
+        """Calls name(bug, result, *inputs), with tensors as pointers to where the kernels run."""
+        device = "cpu" if self.engine else "cuda"
+        arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in (result, *inputs)]
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        function = getattr(self.library, name)
         function.restype = ctypes.c_bool
-        with self.engine.registered(tensors):
-            succeeded = function(
-                *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments)
-            )
-        assert succeeded == (not self.engine.report)
-        return self.engine.report
+        with self.engine.registered(tensors) if self.engine else contextlib.nullcontext():
+            succeeded = function(BUGS.index(bug), *values)
+        report = self.engine.report if self.engine else "" if succeeded else "the launch failed"
+        assert succeeded == (not report)
+        return tensors[0].cpu(), report
 
 
 def matrices(m: int, n: int, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,16 +77,32 @@ def product(m: int = 100, n: int = 72, depth: int = 136) -> torch.Tensor:
     return a.float() @ b.float().T  # whole numbers below 2²⁴: exact in any order
 
 
-def compiled(name: str, **options: str) -> Kernels:
+def emulated_kernels(name: str, **options: str) -> Kernels:
     try:
-        return Kernels(Engine(build(name, [HERE / "kernels/planted.cu"], **options)))
+        engine = Engine(build(name, [HERE / "kernels/planted.cu"], **options))
     except Unavailable as reason:
         pytest.skip(str(reason))
+    return Kernels(engine.library, engine)
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    return compiled("planted")
+    return emulated_kernels("planted")
+
+
+@pytest.fixture(scope="module", params=["emulated", "cuda"])
+def kernels_anywhere(request, tmp_path_factory) -> Kernels:
+    """For tests of what the emulator takes from the PTX ISA: on a GPU they show whether we read it rightly."""
+    if request.param == "emulated":
+        return request.getfixturevalue("kernels")
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if not torch.cuda.is_available() or nvcc is None:
+        pytest.skip("needs a GPU and nvcc")
+    library = tmp_path_factory.mktemp("planted") / "planted.so"
+    flags = ["-shared", "-Xcompiler", "-fPIC", "-arch=sm_{}{}".format(*torch.cuda.get_device_capability())]
+    includes = ["-I", HERE.parents[1] / "csrc"]
+    subprocess.run([nvcc, *flags, *includes, HERE / "kernels/planted.cu", "-o", library], check=True)
+    return Kernels(ctypes.CDLL(str(library)))
 
 
 # ---- Correct kernels ---------------------------------------------------------------------------------------
@@ -110,7 +131,7 @@ def test_results_do_not_depend_on_the_order(kernels):
 
 
 def test_portable_switch_between_fibers():
-    kernels = compiled("planted_ucontext", flags="-DCUDA_CNN_UCONTEXT")
+    kernels = emulated_kernels("planted_ucontext", flags="-DCUDA_CNN_UCONTEXT")
     with kernels.engine.options(**CHECKED):
         d, report = kernels.gemm()
     assert report == ""
@@ -230,9 +251,15 @@ def test_sectors(kernels):
 # ---- Wrappers ----------------------------------------------------------------------------------------------
 
 
-def test_load_matrix_and_narrow_copies(kernels):
+def test_product_through_the_whole_pipeline(kernels_anywhere):
+    d, report = kernels_anywhere.gemm()
+    assert report == ""
+    assert torch.equal(d, product())
+
+
+def test_load_matrix_and_narrow_copies(kernels_anywhere):
     rows = torch.arange(32 * 8, dtype=torch.int16).reshape(32, 8)
-    fragments, report = kernels.wrappers(rows)
+    fragments, report = kernels_anywhere.wrappers(rows)
     assert report == ""
     rows = rows.clone()
     rows[5, 7] = 0  # only 2 of the last 4 bytes of row 5 are copied
@@ -246,25 +273,25 @@ def test_load_matrix_and_narrow_copies(kernels):
     assert torch.equal(fragments, torch.stack(expected, dim=1))
 
 
-def test_tf32_product(kernels):
+def test_tf32_product(kernels_anywhere):
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(16, 8, generator=generator), torch.randn(8, 8, generator=generator)
 
     def rounded(x: torch.Tensor) -> torch.Tensor:  # to 10 bits, ties away from zero
         return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
-    d, report = kernels.tf32_product(a, b)
+    d, report = kernels_anywhere.tf32_product(a, b)
     assert report == ""
     torch.testing.assert_close(d.double(), rounded(a).double() @ rounded(b).double(), rtol=1e-5, atol=1e-6)
 
 
-def test_not_a_number_and_infinity_survive_rounding(kernels):
+def test_not_a_number_and_infinity_survive_rounding(kernels_anywhere):
     a, b = torch.zeros(16, 8), torch.ones(8, 8)
     a[0, 0] = (
         torch.tensor(0x7F800001).to(torch.int32).view(torch.float32)
     )  # a NaN in the bits that TF32 drops
     a[1, 0], a[2, 0] = float("inf"), -float("inf")
-    d, report = kernels.tf32_product(a, b)
+    d, report = kernels_anywhere.tf32_product(a, b)
     assert report == ""
     assert d[0].isnan().all()
     assert d[1].tolist() == [float("inf")] * 8

@@ -242,7 +242,7 @@ void with_bug(int bug, Fn fn) {
 using namespace cuda_cnn::cuda;
 using cuda_cnn::BFloat16;
 
-EXPORT run_gemm(int bug, const BFloat16* a, const BFloat16* b, float* d, int m, int n, int depth) {
+EXPORT run_gemm(int bug, float* d, const BFloat16* a, const BFloat16* b, int m, int n, int depth) {
   return succeeds([&] {
     with_bug(bug, [&](auto constant) {
       const dim3 grid((m + kTile - 1) / kTile, (n + kTile - 1) / kTile);
@@ -251,7 +251,7 @@ EXPORT run_gemm(int bug, const BFloat16* a, const BFloat16* b, float* d, int m, 
   });
 }
 
-EXPORT run_row_sums(int bug, const float* x, float* sums, int rows, int columns) {
+EXPORT run_row_sums(int bug, float* sums, const float* x, int rows, int columns) {
   return succeeds([&] {
     with_bug(bug, [&](auto constant) {
       launch(row_sums<constant.value>, rows, kSumThreads, sizeof(SumShared), nullptr, x, sums, columns);
@@ -259,12 +259,12 @@ EXPORT run_row_sums(int bug, const float* x, float* sums, int rows, int columns)
   });
 }
 
-EXPORT run_tf32_product(int bug, const float* a, const float* b, float* d) {
+EXPORT run_tf32_product(int bug, float* d, const float* a, const float* b) {
   return succeeds([&] {
     with_bug(bug, [&](auto constant) { launch(tf32_product<constant.value>, 1, 32, 0, nullptr, a, b, d); });
   });
 }
 
-EXPORT run_wrappers(const uint16_t* rows, uint32_t* fragments) {
+EXPORT run_wrappers(int, uint32_t* fragments, const uint16_t* rows) {
   return succeeds([&] { launch(wrappers, 1, 32, sizeof(WrapperShared), nullptr, rows, fragments); });
 }
