@@ -143,7 +143,7 @@ def torch_engine() -> Engine:
     names = emulated_operators()
     bindings = [path for path in sorted((ROOT / "csrc/ops").rglob("*.cpp")) if path.stem in names]
     bindings.append(Path(__file__).with_name("allocator.cpp"))
-    path = build("operators", sorted((ROOT / "csrc/cuda").rglob("*.cu")), bindings)
+    path = build(f"operators-{torch.__version__}", sorted((ROOT / "csrc/cuda").rglob("*.cu")), bindings)
     torch.ops.load_library(str(path))
     return Engine(path)
 
