@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from cuda_cnn import create_model
+from cuda_cnn import cli, create_model
 from cuda_cnn.train.augmentation import build
 from cuda_cnn.train.colour import IMAGENET_EIGENVALUES, IMAGENET_EIGENVECTORS, ColourNoise
 from cuda_cnn.train.crops import (
@@ -22,7 +22,8 @@ from cuda_cnn.train.crops import (
 from cuda_cnn.train.data import Data, ImageSet
 from cuda_cnn.train.loop import Trainer
 from cuda_cnn.train.optim import AlexNetSGD
-from cuda_cnn.train.recipes import Recipe
+from cuda_cnn.train.optimisation import make_loss, make_optimizer, schedule_factor
+from cuda_cnn.train.recipes import Recipe, list_recipes, load_recipe
 
 
 def generator(seed: int = 0) -> Generator:
@@ -200,6 +201,56 @@ def test_recipes_name_the_augmentations():
     assert images.shape == (4, 3, 6, 6)
 
 
+# Schedules
+
+
+def factors(recipe: Recipe, epochs: int, losses: list[float] | None = None) -> list[float]:
+    history = [{"train_loss": loss} for loss in losses or [1.0] * epochs]
+    return [round(schedule_factor(recipe, e / epochs, history[:e]), 10) for e in range(epochs)]
+
+
+def test_steps_and_warm_up():
+    recipe = Recipe("resnet20", schedule="steps", schedule_args={"at": [0.5, 0.75]}, warm_up=0.25)
+    assert factors(recipe, 8) == [0.1, 0.55, 1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+def test_plateau_divides_when_the_loss_stops_falling():
+    recipe = Recipe("alexnet", schedule="plateau", schedule_args={"patience": 2, "most": 2})
+    losses = [1.0, 0.5, 0.499, 0.498, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]
+    assert factors(recipe, 10, losses) == [1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]
+
+
+def test_decay():
+    recipe = Recipe("googlenet", schedule="decay", schedule_args={"every": 2, "factor": 0.5})
+    assert factors(recipe, 5) == [1, 1, 0.5, 0.5, 0.25]
+
+
+def test_wrong_schedules():
+    with pytest.raises(ValueError, match=r"schedule 'steps': .*'att'"):
+        factors(Recipe("resnet20", schedule="steps", schedule_args={"att": [0.5]}), 1)
+    with pytest.raises(ValueError, match="unknown schedule 'step'"):
+        factors(Recipe("resnet20", schedule="step"), 1)
+    with pytest.raises(ValueError, match="expected warm_up of 0 to 1, got 2"):
+        Recipe("resnet20", warm_up=2)
+    changed = Recipe("resnet20", schedule="steps", schedule_args={"at": [0.1]}).override(schedule="cosine")
+    assert changed.schedule_args == {}
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_fits_its_network(name):
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        model = create_model(recipe.model, **recipe.model_args)
+        make_loss(recipe, model)
+    optimizer = make_optimizer(model.parameters(), recipe)
+    assert optimizer.param_groups[0]["lr"] == recipe.lr
+    assert 0 < schedule_factor(recipe, 0.9, [{"train_loss": 1.0}] * 20) <= 1
+    images = torch.rand(2, 1 if "lenet" in name else 3, *[model.input_size if "lenet" in name else 256] * 2)
+    for step in build(recipe.augment):
+        images = step(images, generator())
+    assert images.shape[-1] == (recipe.test_crop or images.shape[-1])
+
+
 # Tests with several views
 
 
@@ -254,3 +305,31 @@ def test_a_network_trains_with_the_papers_tricks(model):
     trainer.fit()
     assert len(trainer.history) == 1
     assert any(not torch.equal(p, q) for p, q in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_evaluate_with_several_views(tmp_path, capsys):
+    torch.manual_seed(0)
+    train = ImageSet(torch.rand(10, 1, 32, 32), torch.arange(10) % 10)
+    data = Data("digits", train, train, list("0123456789"), (1, 32, 32))
+    small = {"depth": 7, "growth_rate": 4}
+    recipe = Recipe(
+        "densenet40_12",
+        model_args=small,
+        epochs=1,
+        batch_size=5,
+        augment=[{"name": "crop", "size": 28}],
+        test_crop=28,
+        threads=1,
+    )
+    Trainer(recipe, data).fit(tmp_path)
+    command = ["evaluate", "--checkpoint", str(tmp_path)]
+    for views in (
+        [],
+        ["--views", "whole"],
+        ["--views", "ten_crop"],
+        ["--views", "dense", "--scales", "32,40"],
+    ):
+        assert cli.main([*command, *views]) == 0
+    assert capsys.readouterr().out.count("test pictures right") == 4
+    assert cli.main([*command, "--scales", "big"]) == 2
+    assert "expected --scales such as 256,384,512, got 'big'" in capsys.readouterr().err

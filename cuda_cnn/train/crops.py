@@ -17,11 +17,13 @@ __all__ = [
     "Crop",
     "Flip",
     "ScaleJitter",
+    "centre_test",
     "dense_test",
     "multi_scale_test",
     "resize_shorter_side",
     "ten_crop_test",
     "ten_crops",
+    "whole_test",
 ]
 
 
@@ -79,6 +81,18 @@ def resize_shorter_side(images: Tensor, side: int) -> Tensor:
     return images if size == [height, width] else F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
+@torch.no_grad()
+def whole_test(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images).softmax(1)
+
+
+@torch.no_grad()
+def centre_test(model: nn.Module, images: Tensor, size: int) -> Tensor:
+    """The softmax of the middle of each picture."""
+    height, width = _room(images, size)
+    return model(_part(images, height // 2, width // 2, size)).softmax(1)
+
+
 def ten_crops(images: Tensor, size: int) -> Tensor:
     """The four corners and the centre, then their mirror images: (10, N, C, size, size) (AlexNet, section
     4.1)."""
@@ -98,6 +112,10 @@ def ten_crop_test(model: nn.Module, images: Tensor, size: int) -> Tensor:
 def dense_test(model: nn.Module, images: Tensor) -> Tensor:
     """The fully-connected layers applied as convolutions over the whole picture, the map of scores averaged
     over its positions; the softmax averaged over the picture and its mirror image (VGG, section 3.2)."""
+    if not hasattr(model, "forward_dense"):
+        raise ValueError(
+            f"dense evaluation: {type(model).__name__} has no convolutional form of its classifier"
+        )
     views = (images, images.flip(3))
     return torch.stack([model.forward_dense(view).mean((2, 3)).softmax(1) for view in views]).mean(0)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from ..models import create_model
 from ..models.registry import builder_parameters
 from . import augmentation
 from .checkpoint import CheckpointError, save_checkpoint, write_atomic
+from .crops import centre_test
 from .data import Data, ImageSet
 from .diagnose import NonFiniteError, first_non_finite
 from .optimisation import make_loss, make_optimizer, schedule_factor
@@ -63,14 +65,19 @@ def scores(model: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Dataset, device: str | torch.device = "cpu", batch_size: int = 256
+    model: nn.Module,
+    dataset: Dataset,
+    device: str | torch.device = "cpu",
+    batch_size: int = 256,
+    test: Callable[[nn.Module, Tensor], Tensor] | None = None,
 ) -> Evaluation:
-    """Runs the network in eval mode over a data set."""
+    """Runs the network in eval mode over a data set. test: (network, images) to scores, one of crops.py's tests."""
     was_training = model.training
     model.eval()
     outputs, labels = [], []
     for images, target in batches(dataset, torch.arange(len(dataset)), batch_size):
-        outputs.append(scores(model, model(images.to(device))).cpu())
+        images = images.to(device)
+        outputs.append((test(model, images) if test else scores(model, model(images))).cpu())
         labels.append(target)
     model.train(was_training)
     return Evaluation(torch.cat(outputs), torch.cat(labels))
@@ -99,8 +106,9 @@ class Trainer:
         self.model = create_model(recipe.model, **self.model_args).to(self.device)
         self.loss = make_loss(recipe, self.model)
         self.augment = augmentation.build(recipe.augment)
+        self.test = partial(centre_test, size=recipe.test_crop) if recipe.test_crop else None
         self.optimizer = make_optimizer(self.model.parameters(), recipe)
-        schedule_factor(recipe, 0.0)
+        schedule_factor(recipe, 0.0, [])
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0, 0]
         self.history: list[dict] = []
         self._stop = threading.Event()
@@ -119,10 +127,10 @@ class Trainer:
             while self.epoch < self.recipe.epochs:
                 progress.start(self.epoch, self.recipe.epochs, self.steps_per_epoch, self.step)
                 self._train_epoch(folder, progress)
-                result = evaluate(self.model, self.data.test, self.device)
+                result = evaluate(self.model, self.data.test, self.device, test=self.test)
                 self._end_epoch(result, progress)
                 self._save(folder)
-        return evaluate(self.model, self.data.test, self.device)
+        return evaluate(self.model, self.data.test, self.device, test=self.test)
 
     def _train_epoch(self, folder: str | Path | None, progress: Progress) -> None:
         self.model.train()
@@ -144,7 +152,7 @@ class Trainer:
     def _train_step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
         done = (self.epoch * self.steps_per_epoch + self.step) / (self.recipe.epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * schedule_factor(self.recipe, done)
+            group["lr"] = self.recipe.lr * schedule_factor(self.recipe, done, self.history)
         generator = self._generator(self.step + 1)
         for change in self.augment:
             images = change(images, generator)

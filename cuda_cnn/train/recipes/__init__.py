@@ -21,6 +21,8 @@ FOLDER = Path(__file__).parent
 class Recipe:
     """Everything about a training run but its data, its seed and its folder.
 
+    warm_up: the part of the run, 0 … 1, in which the learning rate rises to `lr`.
+    test_crop: the test takes the middle of each picture, of this height and width; 0 takes all of it.
     threads: on a CPU; 0 keeps torch's. Small pictures are as quick with 1, which waits for no neighbour.
     """
 
@@ -33,9 +35,12 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: str = "constant"
+    schedule_args: dict = field(default_factory=dict)
+    warm_up: float = 0.0
     loss: str = "cross_entropy"
     loss_args: dict = field(default_factory=dict)
     augment: list = field(default_factory=list)
+    test_crop: int = 0
     threads: int = 0
     note: str = ""
 
@@ -45,15 +50,18 @@ class Recipe:
                 raise ValueError(f"recipe: expected {name} of at least 1, got {getattr(self, name)}")
         if self.threads < 0:
             raise ValueError(f"recipe: expected threads of at least 0, got {self.threads}")
+        if not 0 <= self.warm_up <= 1:
+            raise ValueError(f"recipe: expected warm_up of 0 to 1, got {self.warm_up}")
         if not self.lr > 0:
             raise ValueError(f"recipe: expected lr above 0, got {self.lr}")
 
     def override(self, **fields) -> Recipe:
-        """The same recipe with those of `fields` that are not None; another loss comes without the old one's
-        arguments."""
+        """The same recipe with those of `fields` that are not None; another loss or schedule comes
+        without the old one's arguments."""
         changed = {k: v for k, v in fields.items() if v is not None}
-        if changed.get("loss", self.loss) != self.loss:
-            changed.setdefault("loss_args", {})
+        for key in ("loss", "schedule"):
+            if changed.get(key, getattr(self, key)) != getattr(self, key):
+                changed.setdefault(f"{key}_args", {})
         return dataclasses.replace(self, **changed)
 
     def to_dict(self) -> dict:
