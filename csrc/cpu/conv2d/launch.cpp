@@ -2,8 +2,24 @@
 #include "cpu/conv2d/algorithms.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+namespace {
 
-void conv2d_forward(const Conv2dParams& params) {
+// A filter as large as its image (LeNet-5's C5, a classifier as a convolution) is a 1x1 filter on R*S*C channels.
+Conv2dParams flattened(const Conv2dParams& params) {
+  Conv2dParams p = params;
+  const bool covers = p.P == 1 && p.Q == 1 && p.R == p.H && p.S == p.W && p.pad_h == 0 && p.pad_w == 0 &&
+                      p.dilation_h == 1 && p.dilation_w == 1 && p.groups == 1 && p.x_pixel == p.C && !p.in_scale;
+  if (!covers) return p;
+  p.C = p.x_pixel = p.R * p.S * p.C;
+  p.H = p.W = p.R = p.S = 1;
+  p.stride_h = p.stride_w = 1;
+  return p;
+}
+
+}  // namespace
+
+void conv2d_forward(const Conv2dParams& unflattened) {
+  const Conv2dParams params = flattened(unflattened);
   if (params.N * params.P * params.Q * params.K == 0) return;
   const Conv2dAlgorithm algorithm = conv2d_choose(Conv2dDirection::kForward, params);
   dispatch_dtype(params.dtype, [&](auto type) {
@@ -25,7 +41,8 @@ void conv2d_forward(const Conv2dParams& params) {
   });
 }
 
-void conv2d_input_grad(const Conv2dParams& params) {
+void conv2d_input_grad(const Conv2dParams& unflattened) {
+  const Conv2dParams params = flattened(unflattened);
   if (params.N * params.H * params.W * params.C == 0) return;
   const Conv2dAlgorithm algorithm = conv2d_choose(Conv2dDirection::kInputGrad, params);
   dispatch_dtype(params.dtype, [&](auto type) {
@@ -43,7 +60,8 @@ void conv2d_input_grad(const Conv2dParams& params) {
   });
 }
 
-void conv2d_weight_grad(const Conv2dParams& params) {
+void conv2d_weight_grad(const Conv2dParams& unflattened) {
+  const Conv2dParams params = flattened(unflattened);
   const Conv2dAlgorithm algorithm = conv2d_choose(Conv2dDirection::kWeightGrad, params);
   dispatch_dtype(params.dtype, [&](auto type) {
     using T = decltype(type);

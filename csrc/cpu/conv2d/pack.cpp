@@ -5,12 +5,12 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-// Writes whole vectors: up to a vector behind out + count.
+// May write up to a vector behind out + count.
 template <class T>
 CUDA_CNN_INLINE void copy_channels(const T* from, int64_t count, Accumulator<T>* out) {
-  int64_t c = 0;
-  for (; c + kLanes<T> <= count; c += kLanes<T>) store(out + c, load(from + c));
-  if (c < count) store(out + c, load_first(from + c, count - c));
+  if (count < kLanes<T>) return store(out, load_first(from, count));
+  for (int64_t c = 0; c + kLanes<T> <= count; c += kLanes<T>) store(out + c, load(from + c));
+  store(out + count - kLanes<T>, load(from + count - kLanes<T>));  // overlaps the one before
 }
 
 template <class Acc>

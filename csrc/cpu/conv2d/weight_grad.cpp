@@ -1,5 +1,5 @@
 // Weight gradient as a matrix product whose depth are the pixels: dw[(r,s,c)][k] = sum over pixels of x^T * dy.
-//   for a range of (r,s,c), and of the pixels in `chunks` parts where the ranges are too few (a task)
+//   for a range of (r,s,c), a part of k's panels, and a chunk of the pixels where those are too few (a task)
 //     for a block of pixels
 //       pack x's rows [pixel][(r,s,c)], as forward does, and dy's panels [pixel][32 k]
 //       for a panel of dy, for a tile of (r,s,c): sums += tile
@@ -11,50 +11,91 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
 struct WeightGradCut {
-  int64_t ranges, range, chunks, chunk;
+  int64_t ranges, range, parts, chunks, chunk;
+
+  int64_t tasks(int64_t groups) const { return ranges * parts * chunks * groups; }
 };
 
 namespace {
 
 constexpr int64_t kBlockPixels = 128;   // a panel of dy: 16 KiB, half of L1
 constexpr int64_t kRangeDepth = 448;    // x's block: 128 * 448 * 4 bytes = 224 KiB, a quarter of L2
-constexpr int64_t kTasks = 16;
-constexpr int64_t kWorthATask = 200000; // multiply-adds
+constexpr int64_t kTasks = 8;
+constexpr int64_t kWorthATask = 200000;  // multiply-adds
 
-WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t outputs, int64_t groups) {
-  const int64_t work = pixels * depth * outputs * groups;
+WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int64_t groups) {
+  const int64_t work = pixels * depth * panels * 32 * groups;
   const int64_t tasks = max64(1, min64(kTasks, work / kWorthATask));
   WeightGradCut cut{};
   cut.ranges = ceil_div(depth, kRangeDepth);
   if (cut.ranges > 1) cut.ranges = ceil_div(cut.ranges, 4) * 4;  // even loads for 2 and 4 threads
   cut.range = ceil_div(ceil_div(depth, cut.ranges), kTileRows) * kTileRows;
   cut.ranges = ceil_div(depth, cut.range);
-  const int64_t blocks = ceil_div(pixels, kBlockPixels);
-  cut.chunks = min64(blocks, ceil_div(tasks, cut.ranges * groups));
-  cut.chunk = ceil_div(blocks, cut.chunks) * kBlockPixels;
+  // Another part packs x again (pixels * depth), another chunk writes, reads and adds its own sums (depth * k).
+  const int64_t most_parts = max64(1, panels / 2), most_chunks = max64(1, pixels / (2 * kBlockPixels));
+  const int64_t wanted = ceil_div(tasks, cut.ranges * groups);
+  if (pixels < 3 * 32 * panels) {
+    cut.parts = min64(most_parts, wanted);
+    cut.chunks = min64(most_chunks, ceil_div(wanted, cut.parts));
+  } else {
+    cut.chunks = min64(most_chunks, wanted);
+    cut.parts = min64(most_parts, ceil_div(wanted, cut.chunks));
+  }
+  cut.chunk = ceil_div(ceil_div(pixels, kBlockPixels), cut.chunks) * kBlockPixels;
   cut.chunks = ceil_div(pixels, cut.chunk);
   return cut;
 }
 
-// Sums [panel][depth][kTileColumns] of one group, of the pixels [begin, end) and the rows [d_begin, d_end).
 template <class T>
-void accumulate(const Gather<T>& gather, const T* dy, int64_t dy_pixel, int64_t outputs, int64_t begin, int64_t end,
-                int64_t d_begin, int64_t d_end, Accumulator<T>* sums) {
+struct WeightGradTask {
+  Gather<T> gather;  // of the group
+  const T* dy;
+  int64_t dy_pixel, outputs;
+  int64_t pixel_begin, pixel_end, d_begin, d_end, panel_begin, panel_end;
+  Accumulator<T>* sums;  // [panel][depth][kTileColumns] of the group
+  T* dweight;            // of the group, where this task sums all pixels; or null
+};
+
+// Whether x itself is the matrix of a block: rows a fixed step apart, nothing to convert. With rows of 2 KiB or more
+// too many of a block would share a cache set.
+template <class T>
+bool is_its_own_matrix(const Gather<T>& g) {
+  return sizeof(T) == sizeof(Accumulator<T>) && g.R * g.S == 1 && g.stride_h == 1 && g.stride_w == 1 &&
+         g.base_h == 0 && g.base_w == 0 && g.P == g.H && g.Q == g.W && !g.scale && !g.relu && g.pixel < 512;
+}
+
+template <class T>
+void accumulate(const WeightGradTask<T>& t) {
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
-  const int64_t step = ceil_div(d_end - d_begin, kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
-  Acc* a = workspace<Acc>(Workspace::kA, kBlockPixels * step);
+  const bool in_place = is_its_own_matrix(t.gather);
+  const int64_t packed_step = ceil_div(t.d_end - t.d_begin, kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
+  const int64_t step = in_place ? t.gather.pixel : packed_step;
+  Acc* packed = in_place ? nullptr : workspace<Acc>(Workspace::kA, kBlockPixels * step);
   Acc* b = workspace<Acc>(Workspace::kB, kBlockPixels * kColumns);
+  const int64_t depth = t.gather.depth(), d_count = t.d_end - t.d_begin;
+  // Sums of a single block are done with at once, and stay in cache.
+  const bool single = t.dweight && t.pixel_end - t.pixel_begin <= kBlockPixels;
+  Acc* single_sums = single ? workspace<Acc>(Workspace::kC, d_count * kColumns) : nullptr;
 
-  for (int64_t pixel = begin; pixel < end; pixel += kBlockPixels) {
-    const int64_t count = min64(end - pixel, kBlockPixels);
-    pack_positions(gather, pixel, count, d_begin, d_end, a, step);
-    for (int64_t k = 0; k < outputs; k += kColumns) {
-      pack_panel(dy + pixel * dy_pixel + k, dy_pixel, outputs - k, count, b);
-      Acc* panel = sums + k / kColumns * gather.depth() * kColumns;
-      for (int64_t d = d_begin; d < d_end; d += kTileRows) {
-        find_tile<Acc>(TileOperand::kRowContiguous, min64(d_end - d, kTileRows), outputs - k)(
-            a + d - d_begin, step, b, count, {panel + d * kColumns, kColumns, nullptr, pixel > begin, false});
+  for (int64_t pixel = t.pixel_begin; pixel < t.pixel_end; pixel += kBlockPixels) {
+    const int64_t count = min64(t.pixel_end - pixel, kBlockPixels);
+    const Acc* a = packed;
+    if (in_place) {
+      a = reinterpret_cast<const Acc*>(t.gather.source) + pixel * step + t.d_begin;
+    } else {
+      pack_positions(t.gather, pixel, count, t.d_begin, t.d_end, packed, step);
+    }
+    for (int64_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
+      const int64_t k = panel * kColumns;
+      pack_panel(t.dy + pixel * t.dy_pixel + k, t.dy_pixel, t.outputs - k, count, b);
+      Acc* sums = single ? single_sums : t.sums + (panel * depth + t.d_begin) * kColumns;
+      for (int64_t d = 0; d < d_count; d += kTileRows) {
+        find_tile<Acc>(TileOperand::kRowContiguous, min64(d_count - d, kTileRows), t.outputs - k)(
+            a + d, step, b, count, {sums + d * kColumns, kColumns, nullptr, pixel > t.pixel_begin, false});
+      }
+      if (t.dweight && pixel + count == t.pixel_end) {
+        unpack_panel_transposed(sums, t.outputs - k, d_count, t.dweight + k * depth + t.d_begin, depth);
       }
     }
   }
@@ -62,7 +103,6 @@ void accumulate(const Gather<T>& gather, const T* dy, int64_t dy_pixel, int64_t 
 
 template <class Acc>
 void add_chunks(Acc* sums, int64_t chunks, int64_t chunk_size, int64_t begin, int64_t end) {
-  if (chunks == 1) return;
   for (int64_t i = begin; i < end; i += kLanes<Acc>) {
     Vec<Acc> total = load(sums + i);
     for (int64_t c = 1; c < chunks; ++c) total += load(sums + c * chunk_size + i);
@@ -85,24 +125,29 @@ void weight_grad_gemm(const Conv2dParams& p) {
   const T* dy = static_cast<const T*>(p.dy);
   const int64_t depth = gather.depth(), panels = ceil_div(outputs, kColumns);
   const int64_t panel_size = depth * kColumns, group_size = panels * panel_size, chunk_size = p.groups * group_size;
-  const WeightGradCut cut = cut_weight_grad(pixels, depth, outputs, p.groups);
-  Acc* sums = workspace<Acc>(Workspace::kShared, cut.chunks * chunk_size);
+  const WeightGradCut cut = cut_weight_grad(pixels, depth, panels, p.groups);
+  Acc* sums = workspace<Acc>(Workspace::kShared, pixels <= kBlockPixels ? 0 : cut.chunks * chunk_size);
 
-  parallel_for(cut.chunks * p.groups * cut.ranges, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(cut.tasks(p.groups), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t range = task % cut.ranges, group = task / cut.ranges % p.groups;
-      const int64_t chunk = task / (cut.ranges * p.groups);
-      Gather<T> of_group = gather;
-      of_group.source += group * channels;
+      const int64_t part = task % cut.parts, range = task / cut.parts % cut.ranges;
+      const int64_t group = task / (cut.parts * cut.ranges) % p.groups;
+      const int64_t chunk = task / (cut.parts * cut.ranges * p.groups);
+      WeightGradTask<T> t{gather, dy + group * outputs, p.y_pixel, outputs};
+      t.gather.source += group * channels;
       if (gather.scale) {
-        of_group.scale += group * channels;
-        of_group.shift += group * channels;
+        t.gather.scale += group * channels;
+        t.gather.shift += group * channels;
       }
-      accumulate(of_group, dy + group * outputs, p.y_pixel, outputs, chunk * cut.chunk,
-                 min64(pixels, (chunk + 1) * cut.chunk), range * cut.range, min64(depth, (range + 1) * cut.range),
-                 sums + chunk * chunk_size + group * group_size);
+      t.pixel_begin = chunk * cut.chunk, t.pixel_end = min64(pixels, t.pixel_begin + cut.chunk);
+      t.d_begin = range * cut.range, t.d_end = min64(depth, t.d_begin + cut.range);
+      t.panel_begin = panels * part / cut.parts, t.panel_end = panels * (part + 1) / cut.parts;
+      t.sums = sums + chunk * chunk_size + group * group_size;
+      t.dweight = cut.chunks == 1 ? static_cast<T*>(p.dweight) + group * outputs * depth : nullptr;
+      accumulate(t);
     }
   });
+  if (cut.chunks == 1) return;
   parallel_for(p.groups * panels, ceil_div(kBlockPixels * kRangeDepth, panel_size), [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       add_chunks(sums, cut.chunks, chunk_size, panel * panel_size, (panel + 1) * panel_size);
