@@ -26,6 +26,13 @@ def needs_function(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def check_tensors(operator: str, optional: tuple[str, ...] = (), **tensors: Any) -> None:
+    """A TypeError for what is no Tensor; those named as optional may be None."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
+            raise TypeError(f"{operator}: expected {name} to be a Tensor, got {type(tensor).__name__}")
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on this tensor's device, or None outside autocast."""
     device = tensor.device.type

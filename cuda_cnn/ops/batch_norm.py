@@ -219,6 +219,7 @@ def batch_norm(
         ValueError: one value a channel in training, eps out of range, one of the running statistics without the other.
         RuntimeError: statistics missing outside training; sizes, dtypes or devices that do not match.
         IndexError: fewer than two dimensions.
+        TypeError: what should be a tensor or a number is none.
         NotImplementedError: a sparse tensor, or one that is not of floating point.
 
     Ioffe, Szegedy: Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015.
@@ -239,6 +240,10 @@ def batch_norm(
             residual=residual,
             relu=relu,
         )
+    named = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "residual"), tensors))
+    _library.check_tensors("batch_norm", tuple(named)[1:], **named)
+    if not isinstance(momentum, (int, float, torch.SymFloat)):
+        raise TypeError(f"batch_norm: expected momentum to be a float, got {momentum!r}")
     _check(input, running_mean, running_var, training, eps)
     given = (None, None) if training else (running_mean, running_var)
     arguments = (input, residual, weight, bias, *given, training, eps, relu)
@@ -285,6 +290,15 @@ def _(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    for name, values in (
+        ("residual", residual),
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if values is not None and values.device != x.device:
+            raise RuntimeError(f"batch_norm: expected {name} on {x.device} like input, got {values.device}")
     mean, var = (x.new_empty(x.shape[1] if training and x.dim() > 1 else 0, dtype=torch.float64) for _ in range(2))
     return _library.empty_like_result(x), mean, var
 

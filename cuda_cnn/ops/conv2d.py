@@ -171,9 +171,7 @@ def conv2d(
     if has_torch_function((input, weight, bias)):
         arguments = (input, weight, bias, stride, padding, dilation, groups)
         return handle_torch_function(conv2d, (input, weight, bias), *arguments)
-    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            raise TypeError(f"conv2d: expected {name} to be a Tensor, got {type(tensor).__name__}")
+    _library.check_tensors("conv2d", ("bias",), input=input, weight=weight, bias=bias)
     if input.dim() not in (3, 4):
         raise RuntimeError(
             f"conv2d: expected input of 3 (unbatched) or 4 (batched) dimensions, got {input.dim()} "

@@ -103,6 +103,9 @@ def local_response_norm(
     """
     if has_torch_function_unary(input):
         return handle_torch_function(local_response_norm, (input,), input, size, alpha, beta, k)
+    _library.check_tensors("local_response_norm", input=input)
+    if isinstance(size, float) or size is None:
+        raise TypeError(f"local_response_norm: expected size to be an int, got {size!r}")
     if _library.autocast_dtype(input) is not None:
         input = _library.cast(input, torch.float32)
     if not _library.needs_function(input):

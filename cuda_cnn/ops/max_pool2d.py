@@ -175,6 +175,7 @@ def max_pool2d(
         return handle_torch_function(
             max_pool2d, (input,), input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
+    _library.check_tensors("max_pool2d", input=input)
     kernel_size = _pair("kernel_size", kernel_size)
     window = (
         kernel_size,

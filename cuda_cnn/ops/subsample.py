@@ -139,6 +139,7 @@ def subsample(
         return handle_torch_function(
             subsample, (input, coefficient, bias), input, coefficient, bias, kernel_size, squash
         )
+    _library.check_tensors("subsample", input=input, coefficient=coefficient, bias=bias)
     if not input.dtype == coefficient.dtype == bias.dtype:
         dtype = torch.promote_types(torch.promote_types(input.dtype, coefficient.dtype), bias.dtype)
         input, coefficient, bias = input.to(dtype), coefficient.to(dtype), bias.to(dtype)
