@@ -9,12 +9,6 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
 void max_pool2d_nchw(const MaxPool2dParams& params);
-void max_pool2d_backward_nchw(const MaxPool2dParams& params);
-
-template <int kNumber>
-struct Int {
-  static constexpr int kValue = kNumber;
-};
 
 // Lanes of integers beside Vec<Accumulator<T>>, as its comparisons give them: int32 or int64.
 template <class T>
@@ -67,10 +61,10 @@ CUDA_CNN_INLINE Vec<A> lowest() {
   return broadcast(-A(__builtin_inff()));
 }
 
-// One step of the scan: torch's rule for ties and NaN, lane by lane (takes_over).
-template <bool kTrack, class V, class Taps>
+// One step of the scan: torch's rule for ties and NaN (takes_over), lane by lane. kFinite: nothing is NaN.
+template <bool kTrack, bool kFinite, class V, class Taps>
 CUDA_CNN_INLINE void take_greater(V value, Taps here, V& best, Taps& tap) {
-  const auto takes = (value > best) | (value != value);
+  const auto takes = kFinite ? value > best : (value > best) | (value != value);
   best = takes ? value : best;
   if constexpr (kTrack) tap = takes ? here : tap;
 }

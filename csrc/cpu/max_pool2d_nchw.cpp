@@ -1,21 +1,25 @@
-// Max-pooling of contiguous NCHW planes, vectorised along the flattened output plane.
+// Max-pooling of contiguous NCHW planes.
 //
-// A band of rows is unpacked into *phases*: padded input cells that are a stride apart lie side by side,
-//   phase (a, b)[m][k] = padded[m · stride_h + a][k · stride_w + b],
-// in rows as long as the output's plus the reach of a window. A tap then is the whole band of one phase,
-// shifted by a constant: window t of the band reads phase[t + offset(tap)] for every t, across row ends too,
-// so vectors are full even for rows of six. The gradient does the same backwards: dy and taps lie in such
-// padded rows, and each phase of dx is a sum of shifted, masked copies of dy. Bands keep the scratch in L2;
-// what two of them share is unpacked twice.
+// Forward, a band of output rows at a time, in two passes (a window's scan is by rows, so the first of equal
+// cells survives both):
+//   across: each input row is unpacked into *phases*, cells a stride apart side by side, so that a tap of all
+//     windows is one contiguous run; the best of each window's cells in this row, and its column s, go to
+//     scratch;
+//   down:   rows of scratch that one tap r reads lie one after another, as long as output rows: windows are
+//     scanned as one flat array, with full vectors however short a row is.
+// Where a row has neither NaN nor infinity, which one multiply-add a vector tells, comparing needs no NaN
+// rule. Bands keep the scratch in L2; rows that two bands share are done twice.
+//
+// Backward: each plane is one thread's, so adding dy to the cell that the tap names needs no atomics, and
+// goes in window order.
 #include "cpu/max_pool2d.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
 constexpr int64_t kBandElements = 32768;
-constexpr int kBlocks = 4;  // vectors in flight: hides the latency of compare and select
 
-// One axis' taps by phase: tap r lies in slot r mod slots, shift(r) elements on. A phase without a tap has no
+// One axis' taps by phase: tap r is in slot r mod slots, shift(r) elements on. A phase without a tap has no
 // slot.
 struct Phases {
   PoolAxis axis;
@@ -34,30 +38,49 @@ struct Phases {
   }
   int64_t slot(int64_t tap) const { return tap % slots; }
   int64_t shift(int64_t tap) const { return tap * axis.dilation / axis.stride; }
-  // The last tap of a slot.
-  int64_t last_tap(int64_t slot) const { return slot + (axis.kernel - 1 - slot) / slots * slots; }
   // The input cell that is element m of a slot: outside [0, in) in the padding.
   int64_t cell(int64_t slot, int64_t m) const {
     return m * axis.stride + slot * axis.dilation % axis.stride - axis.pad;
   }
-  // The elements of a slot that lie inside the input: [first, end).
-  int64_t first(int64_t slot) const { return ceil_div(max64(-cell(slot, 0), 0), axis.stride); }
-  int64_t end(int64_t slot) const { return ceil_div(max64(axis.in - cell(slot, 0), 0), axis.stride); }
 };
 
-// How a plane is cut into bands of rows, and how long a row of the scratch is.
+// The elements [begin, end) of a row's phase come from x[cell], x[cell + stride], …; the others are padding.
+struct Segment {
+  int64_t cell, begin, end;
+};
+
 struct Plan {
   Phases h, w;
-  int64_t row, rows;  // of the plane, in units of a window: columns with padding, rows
-  int64_t band, bands;
+  int64_t used;    // elements of a phase of one row
+  int64_t length;  // from one phase to the next: a vector's overhang fits between
+  int64_t band;    // output rows
+  int64_t bands;
+  int64_t slot_rows;     // scratch rows of one slot
+  int64_t* tap_columns;  // where the phases of a row hold tap s of window 0
+  int64_t* tap_rows;     // where the scratch holds what tap r of a band's window 0 reads
+  Segment* segments;     // of each slot of w
 
-  Plan(const MaxPool2dParams& params, int64_t row, int64_t rows)
-      : h(params.h), w(params.w), row(row), rows(rows) {
+  explicit Plan(const MaxPool2dParams& params) : h(params.h), w(params.w) {
+    used = w.axis.out + w.reach;
+    length = used + kVectorBytes;
     // At least twice the reach: the overlap is never more than half of a band.
-    band = min64(rows, max64(max64(kBandElements / (h.slots * w.slots * row), 2 * h.reach), 1));
-    bands = ceil_div(rows, band);
+    band = min64(h.axis.out, max64(max64(kBandElements / (h.slots * w.axis.out), 2 * h.reach), 1));
+    bands = ceil_div(h.axis.out, band);
+    slot_rows = band + h.reach;
+    segments = workspace<Segment>(Workspace::kShared, w.slots + w.axis.kernel + h.axis.kernel);
+    tap_columns = reinterpret_cast<int64_t*>(segments + w.slots);
+    tap_rows = tap_columns + w.axis.kernel;
+    for (int64_t b = 0; b < w.slots; ++b) {
+      const int64_t begin = min64(used, ceil_div(max64(-w.cell(b, 0), 0), w.axis.stride));
+      const int64_t end = min64(used, ceil_div(max64(w.axis.in - w.cell(b, 0), 0), w.axis.stride));
+      segments[b] = {w.cell(b, begin), begin, max64(begin, end)};
+    }
+    for (int64_t s = 0; s < w.axis.kernel; ++s) tap_columns[s] = w.slot(s) * length + w.shift(s);
+    for (int64_t r = 0; r < h.axis.kernel; ++r) {
+      tap_rows[r] = (h.slot(r) * slot_rows + h.shift(r)) * w.axis.out;
+    }
   }
-  int64_t band_rows(int64_t index) const { return min64(band, rows - index * band); }
+  int64_t scratch() const { return h.slots * slot_rows * w.axis.out + kVectorBytes; }
 };
 
 template <class T>
@@ -65,244 +88,179 @@ CUDA_CNN_INLINE void fill(T* p, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) p[i] = value;
 }
 
-// out[k] = x[k · stride], widened.
 template <class T>
-CUDA_CNN_INLINE void unpack_row(const T* x, int64_t stride, int64_t count, Accumulator<T>* out) {
-  if (stride == 1) {
-    for (int64_t k = 0; k < count; ++k) out[k] = widen(x[k]);
-  } else if (stride == 2) {
-    for (int64_t k = 0; k < count; ++k) out[k] = widen(x[2 * k]);
-  } else {
-    for (int64_t k = 0; k < count; ++k) out[k] = widen(x[k * stride]);
+CUDA_CNN_INLINE Vec<Accumulator<T>> load_up_to(const T* p, int64_t count) {
+  return count >= kLanes<T> ? load(p) : count > 0 ? load_first(p, count) : Vec<Accumulator<T>>{};
+}
+
+// Lanes 0, 2, 4, … of a and then of b.
+template <class A>
+CUDA_CNN_INLINE Vec<A> even_lanes(Vec<A> a, Vec<A> b) {
+#if defined(__clang__)
+  Vec<A> even;
+  for (int i = 0; i < kLanes<A>; ++i) even[i] = 2 * i < kLanes<A> ? a[2 * i] : b[2 * i - kLanes<A>];
+  return even;
+#else
+  TapLanes<A> lanes;
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = 2 * i;
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// out[k] = x[k · stride], widened; whole vectors are written. Returns zeros, or NaN somewhere if there was a
+// NaN or an infinity.
+template <class T>
+CUDA_CNN_INLINE Vec<Accumulator<T>> unpack(const T* x, int64_t stride, int64_t count, Accumulator<T>* out) {
+  using V = Vec<Accumulator<T>>;
+  constexpr int kStep = kLanes<T>;
+  V check = {};
+  for (int64_t k = 0; k < count; k += kStep) {
+    V v = {};
+    if (stride == 1) {
+      v = load_up_to(x + k, count - k);
+    } else if (stride == 2) {
+      const int64_t left = 2 * (count - k) - 1;
+      v = even_lanes<Accumulator<T>>(load_up_to(x + 2 * k, left),
+                                     load_up_to(x + 2 * k + kStep, left - kStep));
+    } else {
+      for (int64_t i = 0; i < min64(kStep, count - k); ++i) v[i] = widen(x[(k + i) * stride]);
+    }
+    check = fma(v, V{}, check);
+    store(out + k, v);
+  }
+  return check;
+}
+
+template <class V>
+CUDA_CNN_INLINE bool is_zero(V check) {
+  bool zero = true;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(check[0]); ++i) zero &= check[i] == 0;
+  return zero;
+}
+
+// One input row in phases, −inf in the padding. True if it is finite.
+template <class T>
+CUDA_CNN_INLINE bool unpack_row(const Plan& plan, const T* row, Accumulator<T>* phases) {
+  const Accumulator<T> nothing = -Accumulator<T>(__builtin_inff());
+  Vec<Accumulator<T>> check = {};
+  for (int64_t b = 0; b < plan.w.slots; ++b, phases += plan.length) {
+    const Segment& segment = plan.segments[b];
+    check +=
+        unpack(row + segment.cell, plan.w.axis.stride, segment.end - segment.begin, phases + segment.begin);
+    fill(phases, segment.begin, nothing);
+    fill(phases + segment.end, plan.used - segment.end, nothing);
+  }
+  return is_zero(check);
+}
+
+// The best of each window's cells in one row; whole vectors are written.
+template <class A, class Tap, bool kTrack, bool kFinite>
+CUDA_CNN_INLINE void scan_across(const Plan& plan, const A* phases, A* best_out, Tap* tap_out) {
+  const int64_t columns = plan.w.axis.out, kernel = plan.w.axis.kernel;
+  for (int64_t q = 0; q < columns; q += kLanes<A>) {
+    Vec<A> best = load(phases + q);
+    TapLanes<A> tap = {};
+    for (int64_t s = 1; s < kernel; ++s) {
+      const Vec<A> v = load(phases + plan.tap_columns[s] + q);
+      take_greater<kTrack, kFinite>(v, TapLanes<A>{} + static_cast<TapLane<A>>(s), best, tap);
+    }
+    store(best_out + q, best);
+    if constexpr (kTrack) store_taps<A>(tap_out + q, tap);
   }
 }
 
-// dx[k · stride] = in[k], narrowed.
-template <class T>
-CUDA_CNN_INLINE void pack_row(const Accumulator<T>* in, int64_t stride, int64_t count, T* dx) {
-  if (stride == 1) {
-    for (int64_t k = 0; k < count; ++k) dx[k] = narrow<T>(in[k]);
-  } else {
-    for (int64_t k = 0; k < count; ++k) dx[k * stride] = narrow<T>(in[k]);
-  }
-}
-
-// Phases of output rows [first, first + rows): slots_h · slots_w of band + reach rows; −inf in the padding.
-template <class T>
-void unpack_band(const Plan& plan, const T* plane, int64_t first, int64_t rows, Accumulator<T>* scratch) {
+// All input rows of a band into scratch. Row order, so that a vector's overhang is overwritten by the next
+// row.
+template <class T, class Tap, bool kTrack>
+bool scan_rows(const Plan& plan, const T* plane, int64_t first, int64_t rows, Accumulator<T>* phases,
+               Accumulator<T>* best, Tap* tap) {
   using A = Accumulator<T>;
-  const Phases &h = plan.h, &w = plan.w;
-  const A nothing = -A(__builtin_inff());
+  const Phases& h = plan.h;
+  const int64_t columns = plan.w.axis.out;
+  bool all_finite = true;
   for (int64_t a = 0; a < h.slots; ++a) {
-    for (int64_t b = 0; b < w.slots; ++b) {
-      A* out = scratch + (a * w.slots + b) * (plan.band + h.reach) * plan.row;
-      const int64_t begin = min64(w.first(b), plan.row), end = max64(begin, min64(w.end(b), plan.row));
-      for (int64_t m = 0; m < rows + h.reach; ++m, out += plan.row) {
-        const int64_t i = h.cell(a, first + m);
-        if (i < 0 || i >= h.axis.in) {
-          fill(out, plan.row, nothing);
-          continue;
-        }
-        fill(out, begin, nothing);
-        unpack_row(plane + i * w.axis.in + w.cell(b, begin), w.axis.stride, end - begin, out + begin);
-        fill(out + end, plan.row - end, nothing);
+    int64_t i = h.cell(a, first), at = a * plan.slot_rows * columns;
+    for (int64_t m = 0; m < rows + h.reach; ++m, i += h.axis.stride, at += columns) {
+      if (i < 0 || i >= h.axis.in) {
+        fill(best + at, columns, -A(__builtin_inff()));
+        if constexpr (kTrack) fill(tap + at, columns, Tap{0});
+      } else if (unpack_row(plan, plane + i * plan.w.axis.in, phases)) {
+        scan_across<A, Tap, kTrack, true>(plan, phases, best + at, tap + at);
+      } else {
+        scan_across<A, Tap, kTrack, false>(plan, phases, best + at, tap + at);
+        all_finite = false;
       }
     }
   }
+  return all_finite;
 }
 
-// Where the scratch holds tap k's cell of the band's window 0.
-void forward_offsets(const Plan& plan, int64_t* offsets) {
-  const Phases &h = plan.h, &w = plan.w;
-  for (int64_t r = 0; r < h.axis.kernel; ++r) {
-    for (int64_t s = 0; s < w.axis.kernel; ++s) {
-      const int64_t phase = h.slot(r) * w.slots + w.slot(s);
-      *offsets++ = (phase * (plan.band + h.reach) + h.shift(r)) * plan.row + w.shift(s);
+// Windows [0, count) of a band, from scratch to y and taps. True if one of them is −inf.
+template <class T, class Tap, bool kTrack, bool kFinite>
+bool scan_down(const Plan& plan, int64_t count, const Accumulator<T>* rows, const Tap* row_taps, T* y,
+               Tap* taps) {
+  using A = Accumulator<T>;
+  const int64_t kernel_h = plan.h.axis.kernel, kernel_w = plan.w.axis.kernel;
+  TapLanes<A> any_nothing = {};
+  for (int64_t t = 0; t < count; t += kLanes<A>) {
+    Vec<A> best = lowest<A>();
+    TapLanes<A> tap = {};
+    for (int64_t r = 0; r < kernel_h; ++r) {
+      const int64_t at = plan.tap_rows[r] + t;
+      TapLanes<A> here = {};
+      if constexpr (kTrack) here = load_taps<A>(row_taps + at) + static_cast<TapLane<A>>(r * kernel_w);
+      take_greater<kTrack, kFinite>(load(rows + at), here, best, tap);
+    }
+    const int64_t lanes = min64(kLanes<A>, count - t);
+    any_nothing |= best == lowest<A>();
+    if (lanes == kLanes<A>) {
+      store(y + t, best);
+      if constexpr (kTrack) store_taps<A>(taps + t, tap);
+    } else {
+      store_first(y + t, best, lanes);
+      if constexpr (kTrack) store_first_taps<A>(taps + t, tap, lanes);
     }
   }
+  bool any = false;
+  for (int i = 0; i < kLanes<A>; ++i) any |= any_nothing[i] != 0;
+  return any;
 }
 
-// Scans all taps for kCount vectors of windows.
-template <class A, class Tap, bool kTrack, int kCount>
-CUDA_CNN_INLINE void scan_taps(const A* cells, const int64_t* offsets, int64_t taps, A* best_out,
-                               Tap* tap_out) {
-  constexpr int kStep = kLanes<A>;
-  Vec<A> best[kCount];
-  TapLanes<A> tap[kCount] = {};
-  for (int b = 0; b < kCount; ++b) best[b] = lowest<A>();
-  for (int64_t k = 0; k < taps; ++k) {
-    const A* p = cells + offsets[k];
-    const TapLanes<A> here = TapLanes<A>{} + static_cast<TapLane<A>>(k);
-#pragma GCC unroll 4
-    for (int b = 0; b < kCount; ++b) take_greater<kTrack>(load(p + b * kStep), here, best[b], tap[b]);
-  }
-  for (int b = 0; b < kCount; ++b) {
-    store(best_out + b * kStep, best[b]);
-    if constexpr (kTrack) store_taps<A>(tap_out + b * kStep, tap[b]);
-  }
-}
-
-// Output row p of a plane, from scratch. A window without a greater cell than −inf still has tap 0: it may
-// lie outside the plane, and the first one inside takes its place.
-template <class T, class Tap, bool kTrack>
-void write_row(const MaxPool2dParams& params, int64_t plane, int64_t p, const Accumulator<T>* best,
-               Tap* tap) {
-  const PoolAxis &h = params.h, &w = params.w;
-  const int64_t at = (plane * h.out + p) * w.out;
-  pack_row(best, 1, w.out, static_cast<T*>(params.output) + at);
-  if constexpr (kTrack) {
-    const Accumulator<T> nothing = -Accumulator<T>(__builtin_inff());
-    bool any = false;
-    for (int64_t q = 0; q < w.out; ++q) any |= best[q] == nothing;
-    for (int64_t q = 0; any && q < w.out; ++q) {
-      if (best[q] == nothing) tap[q] = static_cast<Tap>(first_tap(h, p) * w.kernel + first_tap(w, q));
-    }
-    if (params.taps) memcpy(static_cast<Tap*>(params.taps) + at, tap, w.out * sizeof(Tap));
-    if (params.indices) {
-      for (int64_t q = 0; q < w.out; ++q) params.indices[at + q] = tap_index(h, w, p, q, tap[q]);
-    }
+// A window that is −inf has kept tap 0, which may lie outside the plane: the first one inside takes its
+// place.
+template <class T, class Tap>
+void name_first_cells(const Plan& plan, int64_t first, int64_t count, const T* y, Tap* taps) {
+  const PoolAxis &h = plan.h.axis, &w = plan.w.axis;
+  for (int64_t t = 0; t < count; ++t) {
+    if (widen(y[t]) != -Accumulator<T>(__builtin_inff())) continue;
+    taps[t] = static_cast<Tap>(first_tap(h, first + t / w.out) * w.kernel + first_tap(w, t % w.out));
   }
 }
 
 template <class T, class Tap, bool kTrack>
 void forward(const MaxPool2dParams& params) {
   using A = Accumulator<T>;
-  constexpr int kStep = kLanes<A>;
+  const Plan plan(params);
   const PoolAxis &h = params.h, &w = params.w;
-  const Plan plan(params, w.out + Phases(w).reach, h.out);
-  const int64_t taps = h.kernel * w.kernel, slack = kBlocks * kStep;
-  int64_t* offsets = workspace<int64_t>(Workspace::kShared, taps);
-  forward_offsets(plan, offsets);
   const int64_t tasks = params.batch * params.channels * plan.bands;
-  parallel_for(tasks, grain_of(plan.band * plan.row), [&](int64_t begin, int64_t end) {
-    const int64_t cells = plan.h.slots * plan.w.slots * (plan.band + plan.h.reach) * plan.row;
-    A* scratch = workspace<A>(Workspace::kA, cells + slack);
-    A* best = workspace<A>(Workspace::kB, plan.band * plan.row + slack);
-    Tap* tap = workspace<Tap>(Workspace::kC, plan.band * plan.row + slack);
+  parallel_for(tasks, grain_of(plan.band * w.out), [&](int64_t begin, int64_t end) {
+    A* phases = workspace<A>(Workspace::kA, plan.w.slots * plan.length);
+    A* rows = workspace<A>(Workspace::kB, plan.scratch());
+    Tap* row_taps = workspace<Tap>(Workspace::kC, plan.scratch());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t plane = task / plan.bands, first = task % plan.bands * plan.band;
-      const int64_t rows = plan.band_rows(task % plan.bands), windows = rows * plan.row;
-      unpack_band(plan, static_cast<const T*>(params.input) + plane * h.in * w.in, first, rows, scratch);
-      int64_t t = 0;
-      for (; t + kBlocks * kStep <= windows; t += kBlocks * kStep) {
-        scan_taps<A, Tap, kTrack, kBlocks>(scratch + t, offsets, taps, best + t, tap + t);
-      }
-      for (; t < windows; t += kStep)
-        scan_taps<A, Tap, kTrack, 1>(scratch + t, offsets, taps, best + t, tap + t);
-      for (int64_t m = 0; m < rows; ++m) {
-        write_row<T, Tap, kTrack>(params, plane, first + m, best + m * plan.row, tap + m * plan.row);
-      }
-    }
-  });
-}
-
-// One term of a phase of dx: the tap, and where the scratch holds the window whose tap it is.
-struct Term {
-  int64_t tap;
-  int64_t offset;
-};
-
-// The terms of every phase, in window order; starts[phase] … starts[phase + 1].
-void backward_terms(const Plan& plan, Term* terms, int64_t* starts) {
-  const Phases &h = plan.h, &w = plan.w;
-  int64_t count = 0;
-  for (int64_t a = 0; a < h.slots; ++a) {
-    for (int64_t b = 0; b < w.slots; ++b) {
-      *starts++ = count;
-      for (int64_t r = h.last_tap(a); r >= 0; r -= h.slots) {
-        for (int64_t s = w.last_tap(b); s >= 0; s -= w.slots) {
-          terms[count++] = {r * w.axis.kernel + s, (h.reach - h.shift(r)) * plan.row + w.reach - w.shift(s)};
+      const int64_t count = min64(plan.band, h.out - first) * w.out, at = (plane * h.out + first) * w.out;
+      T* y = static_cast<T*>(params.output) + at;
+      Tap* taps = kTrack ? static_cast<Tap*>(params.taps) + at : nullptr;
+      const T* x = static_cast<const T*>(params.input) + plane * h.in * w.in;
+      const bool finite = scan_rows<T, Tap, kTrack>(plan, x, first, count / w.out, phases, rows, row_taps);
+      const bool nothing = finite ? scan_down<T, Tap, kTrack, true>(plan, count, rows, row_taps, y, taps)
+                                  : scan_down<T, Tap, kTrack, false>(plan, count, rows, row_taps, y, taps);
+      if constexpr (kTrack) {
+        if (nothing) name_first_cells(plan, first, count, y, taps);
+        for (int64_t t = 0; params.indices && t < count; ++t) {
+          params.indices[at + t] = tap_index(h, w, first + t / w.out, t % w.out, taps[t]);
         }
-      }
-    }
-  }
-  *starts = count;
-}
-
-template <class A, class Tap, int kCount>
-CUDA_CNN_INLINE void sum_terms(const Term* term, const Term* end, const A* dy, const Tap* taps, A* out) {
-  constexpr int kStep = kLanes<A>;
-  Vec<A> total[kCount] = {};
-  for (; term < end; ++term) {
-    const TapLanes<A> wanted = TapLanes<A>{} + static_cast<TapLane<A>>(term->tap);
-#pragma GCC unroll 4
-    for (int b = 0; b < kCount; ++b) {
-      const int64_t at = term->offset + b * kStep;
-      total[b] += load_taps<A>(taps + at) == wanted ? load(dy + at) : Vec<A>{};
-    }
-  }
-  for (int b = 0; b < kCount; ++b) store(out + b * kStep, total[b]);
-}
-
-// dy and taps of windows [first − reach, first + rows) into padded rows, `reach` columns of nothing before
-// each.
-template <class T, class Tap>
-void unpack_gradient(const MaxPool2dParams& params, const Plan& plan, int64_t plane, int64_t first,
-                     int64_t rows, Accumulator<T>* dy, Tap* taps) {
-  using A = Accumulator<T>;
-  const int64_t columns = params.w.out;
-  fill(dy, plan.w.reach, A(0));
-  dy += plan.w.reach;
-  taps += plan.w.reach;
-  for (int64_t p = first - plan.h.reach; p < first + rows; ++p, dy += plan.row, taps += plan.row) {
-    const bool inside = p >= 0 && p < params.h.out;
-    const int64_t at = (plane * params.h.out + p) * columns;
-    if (inside) {
-      unpack_row(static_cast<const T*>(params.input) + at, 1, columns, dy);
-      memcpy(taps, static_cast<const Tap*>(params.taps) + at, columns * sizeof(Tap));
-    }
-    fill(dy + (inside ? columns : 0), plan.row - (inside ? columns : 0), A(0));
-  }
-}
-
-template <class T>
-void write_phase(const Plan& plan, int64_t a, int64_t b, int64_t first, int64_t rows,
-                 const Accumulator<T>* phase, T* dx) {
-  const Phases &h = plan.h, &w = plan.w;
-  const int64_t begin = w.first(b), end = w.end(b);
-  for (int64_t m = max64(0, h.first(a) - first); m < min64(rows, h.end(a) - first); ++m) {
-    if (end <= begin) return;
-    pack_row(phase + m * plan.row + begin, w.axis.stride, end - begin,
-             dx + h.cell(a, first + m) * w.axis.in + w.cell(b, begin));
-  }
-}
-
-template <class T, class Tap>
-void backward(const MaxPool2dParams& params) {
-  using A = Accumulator<T>;
-  constexpr int kStep = kLanes<A>;
-  const PoolAxis &h = params.h, &w = params.w;
-  const int64_t columns = max64(w.out + Phases(w).reach, ceil_div(w.in + w.pad, w.stride));
-  const Plan plan(params, columns, ceil_div(h.in + h.pad, h.stride));
-  const int64_t phases = plan.h.slots * plan.w.slots, slack = kBlocks * kStep;
-  Term* terms = workspace<Term>(Workspace::kShared, h.kernel * w.kernel + phases);
-  int64_t* starts = reinterpret_cast<int64_t*>(terms + h.kernel * w.kernel);
-  backward_terms(plan, terms, starts);
-  const bool every_cell_has_a_tap = plan.h.slots == h.stride && plan.w.slots == w.stride;
-  const int64_t tasks = params.batch * params.channels * plan.bands;
-  parallel_for(tasks, grain_of(plan.band * plan.row), [&](int64_t begin, int64_t end) {
-    const int64_t padded = (plan.band + plan.h.reach) * plan.row + plan.w.reach + slack;
-    A* dy = workspace<A>(Workspace::kA, padded);
-    Tap* taps = workspace<Tap>(Workspace::kC, padded);
-    A* phase = workspace<A>(Workspace::kB, plan.band * plan.row + slack);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t plane = task / plan.bands, first = task % plan.bands * plan.band;
-      const int64_t rows = plan.band_rows(task % plan.bands), count = rows * plan.row;
-      T* dx = static_cast<T*>(params.output) + plane * h.in * w.in;
-      if (!every_cell_has_a_tap) {
-        const int64_t top = max64(0, first * h.stride - h.pad);
-        const int64_t bottom = min64(h.in, (first + rows) * h.stride - h.pad);
-        fill(dx + top * w.in, (bottom - top) * w.in, T{});
-      }
-      unpack_gradient<T>(params, plan, plane, first, rows, dy, taps);
-      for (int64_t k = 0; k < phases; ++k) {
-        const Term *from = terms + starts[k], *to = terms + starts[k + 1];
-        int64_t t = 0;
-        for (; t + kBlocks * kStep <= count; t += kBlocks * kStep) {
-          sum_terms<A, Tap, kBlocks>(from, to, dy + t, taps + t, phase + t);
-        }
-        for (; t < count; t += kStep) sum_terms<A, Tap, 1>(from, to, dy + t, taps + t, phase + t);
-        write_phase(plan, k / plan.w.slots, k % plan.w.slots, first, rows, phase, dx);
       }
     }
   });
@@ -312,14 +270,9 @@ void backward(const MaxPool2dParams& params) {
 
 void max_pool2d_nchw(const MaxPool2dParams& params) {
   dispatch_pool(params, [&](auto element, auto tap) {
-    const bool track = params.taps || params.indices;
-    return track ? forward<decltype(element), decltype(tap), true>(params)
-                 : forward<decltype(element), decltype(tap), false>(params);
+    return params.taps ? forward<decltype(element), decltype(tap), true>(params)
+                       : forward<decltype(element), decltype(tap), false>(params);
   });
-}
-
-void max_pool2d_backward_nchw(const MaxPool2dParams& params) {
-  dispatch_pool(params, [&](auto element, auto tap) { backward<decltype(element), decltype(tap)>(params); });
 }
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

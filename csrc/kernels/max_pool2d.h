@@ -32,7 +32,7 @@ struct MaxPool2dParams {
   const void* input;
   void* output;
   void* taps;        // uint8_t, or int32_t if wide_taps; the forward pass may have null: not wanted
-  int64_t* indices;  // forward only: position in the H·W plane, as torch counts it; null: not wanted
+  int64_t* indices;  // forward only, beside taps: position in the H·W plane, as torch counts it; or null
   int64_t batch;
   int64_t channels;
   PoolAxis h;

@@ -1,0 +1,211 @@
+// The gradient of max-pooling, and its transpose for second derivatives.
+//
+// NHWC with a vector of channels or more: input rows over threads; a cell *gathers* dy from each window that
+// holds it and whose tap names it, kBlocks vectors of channels at a time. Else: a plane (NHWC: an image)
+// belongs to one thread, which *scatters* dy to the cells that the taps name. Both add in window order and
+// need no atomics: the same bits for any number of threads.
+#include "cpu/max_pool2d.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+namespace {
+
+constexpr int kBlocks = 4;
+
+// A window along one axis that holds a given cell, as its tap `tap`.
+struct Holder {
+  int64_t window;
+  int64_t tap;
+};
+
+// The holders of cell `in`, in window order; returns how many.
+CUDA_CNN_INLINE int64_t holders_of(const PoolAxis& axis, int64_t in, Holder* out) {
+  int64_t count = 0;
+  for (int64_t p = first_window(axis, in); p < end_window(axis, in); ++p) {
+    const int64_t tap = tap_of(axis, in, p);
+    if (tap >= 0) out[count++] = {p, tap};
+  }
+  return count;
+}
+
+// A window that holds a pixel: where its channels begin, and the pixel's tap in it.
+struct Term {
+  int64_t offset;
+  int64_t tap;
+};
+
+// kCount vectors of one input pixel's channels.
+template <class T, class Tap, int kCount>
+CUDA_CNN_INLINE void gather_channels(const Term* terms, int64_t count, const T* dy, const Tap* taps, T* dx) {
+  Vec<Accumulator<T>> total[kCount] = {};
+  for (int64_t k = 0; k < count; ++k) {
+    const TapLanes<T> wanted = TapLanes<T>{} + static_cast<TapLane<T>>(terms[k].tap);
+#pragma GCC unroll 4
+    for (int b = 0; b < kCount; ++b) {
+      const int64_t at = terms[k].offset + b * kLanes<T>;
+      total[b] += load_taps<T>(taps + at) == wanted ? load(dy + at) : Vec<Accumulator<T>>{};
+    }
+  }
+  for (int b = 0; b < kCount; ++b) store(dx + b * kLanes<T>, total[b]);
+}
+
+template <class T, class Tap>
+CUDA_CNN_INLINE void gather_pixel(const Term* terms, int64_t count, int64_t channels, const T* dy,
+                                  const Tap* taps, T* dx) {
+  constexpr int64_t kStep = kLanes<T>;
+  int64_t c = 0;
+  for (; c + kBlocks * kStep <= channels; c += kBlocks * kStep) {
+    gather_channels<T, Tap, kBlocks>(terms, count, dy + c, taps + c, dx + c);
+  }
+  for (; c < channels; c += kStep) {
+    const int64_t from = min64(c, channels - kStep);  // the last vector overlaps the one before
+    gather_channels<T, Tap, 1>(terms, count, dy + from, taps + from, dx + from);
+  }
+}
+
+template <class T, class Tap>
+void gather_nhwc(const MaxPool2dParams& params) {
+  const PoolAxis &h = params.h, &w = params.w;
+  const int64_t channels = params.channels, image = h.out * w.out * channels;
+  // Holders of every column, once for all rows.
+  Holder* columns = workspace<Holder>(Workspace::kShared, w.out * w.kernel + w.in + 1);
+  int64_t* starts = reinterpret_cast<int64_t*>(columns + w.out * w.kernel);
+  starts[0] = 0;
+  for (int64_t j = 0; j < w.in; ++j) starts[j + 1] = starts[j] + holders_of(w, j, columns + starts[j]);
+
+  parallel_for(params.batch * h.in, grain_of(w.in * channels), [&](int64_t begin, int64_t end) {
+    Holder* rows = workspace<Holder>(Workspace::kA, h.kernel);
+    Term* terms = workspace<Term>(Workspace::kB, h.kernel * w.kernel);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t row_count = holders_of(h, row % h.in, rows);
+      const T* dy = static_cast<const T*>(params.input) + row / h.in * image;
+      const Tap* taps = static_cast<const Tap*>(params.taps) + row / h.in * image;
+      T* dx = static_cast<T*>(params.output) + row * w.in * channels;
+      for (int64_t j = 0; j < w.in; ++j, dx += channels) {
+        int64_t count = 0;
+        for (int64_t k = 0; k < row_count; ++k) {
+          for (const Holder* column = columns + starts[j]; column < columns + starts[j + 1]; ++column) {
+            terms[count++] = {(rows[k].window * w.out + column->window) * channels,
+                              rows[k].tap * w.kernel + column->tap};
+          }
+        }
+        gather_pixel(terms, count, channels, dy, taps, dx);
+      }
+    }
+  });
+}
+
+// Windows whose cells all lie inside the plane, along one axis: [begin, end).
+struct Inside {
+  int64_t begin, end;
+
+  explicit Inside(const PoolAxis& a) {
+    const int64_t last_start = a.in - 1 - (a.kernel - 1) * a.dilation;
+    begin = min64(a.out, ceil_div(a.pad, a.stride));
+    end = last_start + a.pad < 0 ? begin : max64(begin, min64(a.out, (last_start + a.pad) / a.stride + 1));
+  }
+};
+
+// A tap that names no cell of a window counts as 0: whatever the taps hold, memory is safe.
+CUDA_CNN_INLINE int64_t valid(uint8_t tap, int64_t) { return tap; }  // the table of offsets has 256 entries
+CUDA_CNN_INLINE int64_t valid(int32_t tap, int64_t cells) { return tap >= 0 && tap < cells ? tap : 0; }
+
+// Adds dy of one plane to `cells`, which holds zeros. A tap outside the plane adds nothing.
+template <class T, class Tap>
+void scatter_plane(const MaxPool2dParams& params, int64_t channels, const int64_t* offsets, const T* dy,
+                   const Tap* taps, Accumulator<T>* cells) {
+  const PoolAxis &h = params.h, &w = params.w;
+  const int64_t known = h.kernel * w.kernel;
+  const Inside rows(h), columns(w);
+  const auto add_inside = [&](int64_t p, int64_t q, int64_t end) {
+    int64_t corner = (window_start(h, p) * w.in + window_start(w, q)) * channels;
+    for (int64_t at = (p * w.out + q) * channels; q < end; ++q, corner += w.stride * channels) {
+      for (int64_t c = 0; c < channels; ++c, ++at) {
+        cells[corner + offsets[valid(taps[at], known)] + c] += widen(dy[at]);
+      }
+    }
+  };
+  const auto add_checked = [&](int64_t p, int64_t q, int64_t end) {
+    for (int64_t at = (p * w.out + q) * channels; q < end; ++q) {
+      for (int64_t c = 0; c < channels; ++c, ++at) {
+        const int64_t tap = valid(taps[at], known);
+        const int64_t i = window_start(h, p) + tap / w.kernel * h.dilation;
+        const int64_t j = window_start(w, q) + tap % w.kernel * w.dilation;
+        if (i >= 0 && i < h.in && j >= 0 && j < w.in) cells[(i * w.in + j) * channels + c] += widen(dy[at]);
+      }
+    }
+  };
+  for (int64_t p = 0; p < h.out; ++p) {
+    const bool inside = p >= rows.begin && p < rows.end;
+    const int64_t begin = inside ? columns.begin : w.out, end = inside ? columns.end : w.out;
+    add_checked(p, 0, begin);
+    add_inside(p, begin, end);
+    add_checked(p, end, w.out);
+  }
+}
+
+template <class T, class Tap>
+void scatter(const MaxPool2dParams& params) {
+  using A = Accumulator<T>;
+  const PoolAxis &h = params.h, &w = params.w;
+  const int64_t channels = params.channels_last ? params.channels : 1;
+  const int64_t planes = params.batch * params.channels / channels;
+  const int64_t cells = h.in * w.in * channels, windows = h.out * w.out * channels;
+  // Where each tap's cell lies from the window's corner.
+  const int64_t known = h.kernel * w.kernel;
+  int64_t* offsets = workspace<int64_t>(Workspace::kShared, max64(known, 256));
+  for (int64_t tap = 0; tap < 256; ++tap) offsets[tap] = 0;
+  for (int64_t tap = 0; tap < known; ++tap) {
+    offsets[tap] = (tap / w.kernel * h.dilation * w.in + tap % w.kernel * w.dilation) * channels;
+  }
+  parallel_for(planes, grain_of(cells), [&](int64_t begin, int64_t end) {
+    constexpr bool kDirect = sizeof(T) == sizeof(A);
+    A* sums = kDirect ? nullptr : workspace<A>(Workspace::kA, cells);
+    for (int64_t plane = begin; plane < end; ++plane) {
+      T* dx = static_cast<T*>(params.output) + plane * cells;
+      if constexpr (kDirect) sums = dx;
+      memset(sums, 0, cells * sizeof(A));
+      scatter_plane(params, channels, offsets, static_cast<const T*>(params.input) + plane * windows,
+                    static_cast<const Tap*>(params.taps) + plane * windows, sums);
+      for (int64_t k = 0; !kDirect && k < cells; ++k) dx[k] = narrow<T>(sums[k]);
+    }
+  });
+}
+
+// Element by element, either layout.
+template <class T, class Tap>
+void pick(const MaxPool2dParams& params) {
+  const PoolAxis &h = params.h, &w = params.w;
+  const int64_t channels = params.channels_last ? params.channels : 1;
+  const int64_t planes = params.batch * params.channels / channels;
+  const Tap* taps = static_cast<const Tap*>(params.taps);
+  T* output = static_cast<T*>(params.output);
+  parallel_for(planes * h.out, grain_of(w.out * channels), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* plane = static_cast<const T*>(params.input) + row / h.out * h.in * w.in * channels;
+      for (int64_t k = 0; k < w.out * channels; ++k) {
+        const int64_t q = k / channels, c = k % channels, at = row * w.out * channels + k;
+        const int64_t tap = taps[at];
+        const int64_t i = window_start(h, row % h.out) + tap / w.kernel * h.dilation;
+        const int64_t j = window_start(w, q) + tap % w.kernel * w.dilation;
+        output[at] = i >= 0 && i < h.in && j >= 0 && j < w.in ? plane[(i * w.in + j) * channels + c] : T{};
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void max_pool2d_backward(const MaxPool2dParams& params) {
+  dispatch_pool(params, [&](auto element, auto tap) {
+    using T = decltype(element);
+    using Tap = decltype(tap);
+    const bool vectors = params.channels_last && params.channels >= kLanes<T>;
+    return vectors ? gather_nhwc<T, Tap>(params) : scatter<T, Tap>(params);
+  });
+}
+
+void max_pool2d_gather(const MaxPool2dParams& params) {
+  dispatch_pool(params, [&](auto element, auto tap) { pick<decltype(element), decltype(tap)>(params); });
+}
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA
