@@ -52,7 +52,10 @@ def empty_like_result(tensor: Tensor, shape: Any = None) -> Tensor:
     """What a kernel allocates for a result computed from tensor: its memory format, a fresh dense tensor."""
     shape = tensor.shape if shape is None else shape
     return torch.empty(
-        shape, dtype=tensor.dtype, device=tensor.device, memory_format=torch._prims_common.suggest_memory_format(tensor)
+        shape,
+        dtype=tensor.dtype,
+        device=tensor.device,
+        memory_format=torch._prims_common.suggest_memory_format(tensor),
     )
 
 
