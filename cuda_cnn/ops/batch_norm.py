@@ -26,7 +26,9 @@ class BatchNormFunction(torch.autograd.Function):
         eps: float,
         relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _library.ops.batch_norm(x, residual, weight, bias, running_mean, running_var, training, eps, relu)
+        return _library.ops.batch_norm(
+            x, residual, weight, bias, running_mean, running_var, training, eps, relu
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -49,7 +51,9 @@ class BatchNormFunction(torch.autograd.Function):
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         relu = ctx.parameters[2]
         wants = [need_x, need_weight or need_bias, need_residual and relu]
-        dx, dweight, dbias, dresidual = batch_norm_backward(dy, x, y, weight, bias, mean, var, *ctx.parameters, wants)
+        dx, dweight, dbias, dresidual = batch_norm_backward(
+            dy, x, y, weight, bias, mean, var, *ctx.parameters, wants
+        )
         return (
             dx if need_x else None,
             (dresidual if relu else dy) if need_residual else None,
@@ -268,7 +272,9 @@ def _check(
         wanted = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm: eps must be {wanted}, got {eps}")
     if training and (running_mean is None) != (running_var is None):
-        raise ValueError("batch_norm: running_mean and running_var must either both be None or neither be None")
+        raise ValueError(
+            "batch_norm: running_mean and running_var must either both be None or neither be None"
+        )
     if training and running_mean is not None:
         for name, values in (("running_mean", running_mean), ("running_var", running_var)):
             if input.dim() > 1 and values.numel() != input.shape[1]:
@@ -299,7 +305,9 @@ def _(
     ):
         if values is not None and values.device != x.device:
             raise RuntimeError(f"batch_norm: expected {name} on {x.device} like input, got {values.device}")
-    mean, var = (x.new_empty(x.shape[1] if training and x.dim() > 1 else 0, dtype=torch.float64) for _ in range(2))
+    mean, var = (
+        x.new_empty(x.shape[1] if training and x.dim() > 1 else 0, dtype=torch.float64) for _ in range(2)
+    )
     return _library.empty_like_result(x), mean, var
 
 
@@ -347,7 +355,8 @@ def _unfold(tensor: Tensor, batch_size: int) -> tuple[Tensor, int]:
 
 def _vmapped(op: Any, info: Any, in_dims: tuple, arguments: tuple, tensors: int) -> tuple:
     folded = [
-        _fold_channels(a, d, info.batch_size) for a, d in zip(arguments[:tensors], in_dims[:tensors], strict=True)
+        _fold_channels(a, d, info.batch_size)
+        for a, d in zip(arguments[:tensors], in_dims[:tensors], strict=True)
     ]
     results = op(*folded, *arguments[tensors:])
     return tuple(zip(*(_unfold(r, info.batch_size) for r in results), strict=True))
