@@ -68,7 +68,9 @@ def window_sum(t: Tensor, size: int, transposed: bool = False) -> Tensor:
     return sum((padded.narrow(1, j, channels) for j in range(1, size)), padded.narrow(1, 0, channels))
 
 
-def local_response_norm_backward(dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+def local_response_norm_backward(
+    dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
+) -> Tensor:
     if not _library.needs_function(dy, x):
         return _library.ops.local_response_norm_backward(dy, x, size, alpha, beta, k)
     return LocalResponseNormBackwardFunction.apply(dy, x, size, alpha, beta, k)
@@ -133,7 +135,9 @@ def _(info: Any, in_dims: tuple, x: Tensor, *parameters: Any) -> tuple[Tensor, i
 def _(info: Any, in_dims: tuple, dy: Tensor, x: Tensor, *parameters: Any) -> tuple[Tensor, int]:
     dy = _library.fold_batch(dy, in_dims[0], info.batch_size)
     x = _library.fold_batch(x, in_dims[1], info.batch_size)
-    return _library.ops.local_response_norm_backward(dy, x, *parameters).unflatten(0, (info.batch_size, -1)), 0
+    return _library.ops.local_response_norm_backward(dy, x, *parameters).unflatten(
+        0, (info.batch_size, -1)
+    ), 0
 
 
 _library.register_autograd("local_response_norm", LocalResponseNormFunction)
