@@ -53,7 +53,9 @@ def _report(actual: Tensor, expected: Tensor, bad: Tensor, what: str) -> str:
 
 def assert_bitwise(actual: Tensor, expected: Tensor, what: str = "result") -> None:
     """Same shape, dtype and values; NaN equals NaN, and −0 equals 0."""
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
     actual, expected = actual.detach().cpu(), expected.detach().cpu()
     bad = ~((actual == expected) | (actual.isnan() & expected.isnan()))
@@ -61,7 +63,12 @@ def assert_bitwise(actual: Tensor, expected: Tensor, what: str = "result") -> No
 
 
 def assert_accurate(
-    actual: Tensor, exact: Tensor, torch_result: Tensor | None = None, *, ulps: float = 4, what: str = "result"
+    actual: Tensor,
+    exact: Tensor,
+    torch_result: Tensor | None = None,
+    *,
+    ulps: float = 4,
+    what: str = "result",
 ) -> None:
     """Within `ulps` roundoffs of max(|exact|, its mean size), or twice torch's own largest error if that is more.
 
