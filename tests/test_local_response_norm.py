@@ -10,7 +10,15 @@ from torch.autograd import gradcheck, gradgradcheck
 from cuda_cnn import functional as F
 from cuda_cnn import nn, reference
 
-SHAPES = [(2, 7, 5, 3), (1, 1, 1, 1), (3, 96, 9, 13), (2, 37, 11, 6), (2, 6, 4), (1, 5, 2, 3, 4), (0, 4, 3, 3)]
+SHAPES = [
+    (2, 7, 5, 3),
+    (1, 1, 1, 1),
+    (3, 96, 9, 13),
+    (2, 37, 11, 6),
+    (2, 6, 4),
+    (1, 5, 2, 3, 4),
+    (0, 4, 3, 3),
+]
 ALEXNET = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
 STRONG = {"size": 4, "alpha": 0.9, "beta": 0.6, "k": 0.5}
 
@@ -29,7 +37,9 @@ def test_matches_reference(device, dtype, layout, parameters):
     for seed, shape in enumerate(SHAPES):
         x = reals(*shape, dtype=dtype, seed=seed)
         dy = reals(*shape, dtype=dtype, seed=seed + 100)
-        exact = with_gradient(lambda t: reference.local_response_norm(t, **parameters), x.double(), dy.double())
+        exact = with_gradient(
+            lambda t: reference.local_response_norm(t, **parameters), x.double(), dy.double()
+        )
         x, dy = lay_out(x.to(device), layout), lay_out(dy.to(device), layout)
         ours = with_gradient(lambda t: F.local_response_norm(t, **parameters), x, dy)
         torchs = (None, None)
@@ -132,7 +142,11 @@ def test_any_shape(shape, size, layout):
     [
         (lambda: F.local_response_norm(torch.ones(2, 3), 5), ValueError, "3 or more dimensions, got 2"),
         (lambda: F.local_response_norm(torch.ones(2, 3, 4), 0), RuntimeError, "size > 0, got 0"),
-        (lambda: F.local_response_norm(torch.ones(2, 3, 4).int(), 5), RuntimeError, "of dtype float32.*got Int"),
+        (
+            lambda: F.local_response_norm(torch.ones(2, 3, 4).int(), 5),
+            RuntimeError,
+            "of dtype float32.*got Int",
+        ),
         (lambda: F.local_response_norm(torch.ones(2, 3, 4, 4).to_sparse(), 5), RuntimeError, "dense"),
     ],
 )
