@@ -12,6 +12,7 @@ Needs no GPU; without nvcc it says so and succeeds.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import re
@@ -98,6 +99,11 @@ def show(source: Path, architecture: str, kernels: list[Kernel], errors: list[st
     return len(complaints)
 
 
+@functools.cache
+def note_once(text: str) -> None:
+    print(text)
+
+
 # ---- Tools -----------------------------------------------------------------------------------------------
 
 
@@ -151,7 +157,7 @@ def examine(nvcc: str, disassembler: str | None, source: Path, arch: str) -> tup
         path = f"{Path(disassembler).parent}{os.pathsep}{os.environ['PATH']}"  # for the nvdisasm beside it
         code = run([disassembler, "-sass", str(target)], env={**os.environ, "PATH": path})
         if "Cannot decode architecture" in code.stderr and arch not in ARCHITECTURES:
-            print(f"cuda_compile: {disassembler} is older than {arch}: its machine code is not read")
+            note_once(f"cuda_compile: {disassembler} is older than {arch}: its machine code is not read")
         elif code.returncode:
             errors.append("cannot be disassembled: " + code.stderr[-400:].strip())
         for mangled, instructions in functions(code.stdout):
