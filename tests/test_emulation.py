@@ -8,9 +8,10 @@ import shutil
 import subprocess
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from emulation import LANDINGS, SCHEDULES, Engine, Unavailable
+from emulation import LANDINGS, SCHEDULES, Engine, Unavailable, emulated, torch_engine
 from emulation.build import HERE, build
 
 # In the order of enum class Bug in emulation/kernels/planted.cu.
@@ -297,3 +298,50 @@ def test_not_a_number_and_infinity_survive_rounding(kernels_anywhere):
     assert d[1].tolist() == [float("inf")] * 8
     assert d[2].tolist() == [-float("inf")] * 8
     assert not d[3:].any()
+
+
+# ---- Operators ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def operators() -> Engine:
+    try:
+        return torch_engine()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def test_operators_are_led_to_the_emulated_kernels(operators):
+    from cuda_cnn import functional as F
+    from cuda_cnn.ops import _library
+
+    x = torch.randn(2, 16, 3, 3)
+    operators.reset_counters()
+    with emulated(counters=True, bounds=True):
+        y = F.local_response_norm(x, 5)
+    assert any(counter.traffic == "global store" for counter in operators.counters)
+    assert _library.ops is torch.ops.cuda_cnn
+    torch.testing.assert_close(y, torch.nn.functional.local_response_norm(x, 5))
+    operators.reset_counters()
+    F.local_response_norm(x, 5)
+    assert operators.counters == []
+
+
+def test_memory_starts_as_not_a_number(operators):
+    """So what a kernel does not write cannot be right by luck."""
+    assert torch.empty(1000).isnan().all()
+    assert torch.empty(1000, dtype=torch.bfloat16).isnan().all()
+    assert not torch.zeros(1000).any()
+
+
+def test_an_access_outside_of_every_tensor_is_an_error(operators):
+    outside = torch.from_numpy(np.ones((1, 4, 2, 2), dtype=np.float32))  # memory of another's allocator
+    operator = (
+        torch.ops.cuda_cnn_emulated.local_response_norm
+    )  # without telling the emulator about its arguments
+    with (
+        operators.options(bounds=True),
+        pytest.raises(RuntimeError, match=r"global read .* outside every tensor"),
+    ):
+        operator(outside, 3, 1.0, 0.75, 1.0)
+    assert operator(outside, 3, 1.0, 0.75, 1.0).isfinite().all()
