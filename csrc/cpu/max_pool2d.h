@@ -14,35 +14,54 @@ void max_pool2d_nchw(const MaxPool2dParams& params);
 template <class T>
 using TapLanes = decltype(Vec<Accumulator<T>>{} > Vec<Accumulator<T>>{});
 template <class T>
-struct TapTypes {
-  using Lane = decltype(+TapLanes<T>{}[0]);
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes<T>)));
-  typedef int32_t Wide __attribute__((vector_size(kLanes<T> * 4)));
-};
-template <class T>
-using TapLane = typename TapTypes<T>::Lane;
+using TapLane = decltype(+TapLanes<T>{}[0]);
 
-template <class T>
-CUDA_CNN_INLINE TapLanes<T> load_taps(const uint8_t* p) {
-  typename TapTypes<T>::Bytes bytes;
-  memcpy(&bytes, p, sizeof(bytes));
-  return __builtin_convertvector(bytes, TapLanes<T>);
+// Lanes to and from memory. g++ makes scalar code of a conversion that changes the size fourfold: where
+// vectors are long there are intrinsics.
+template <class Lanes, class Tap>
+CUDA_CNN_INLINE void read_taps(const Tap* p, Lanes& taps) {
+  for (unsigned i = 0; i < sizeof(taps) / sizeof(taps[0]); ++i) taps[i] = p[i];
 }
-template <class T>
-CUDA_CNN_INLINE TapLanes<T> load_taps(const int32_t* p) {
-  typename TapTypes<T>::Wide wide;
-  memcpy(&wide, p, sizeof(wide));
-  return __builtin_convertvector(wide, TapLanes<T>);
+template <class Lanes, class Tap>
+CUDA_CNN_INLINE void write_taps(Tap* p, Lanes taps) {
+  for (unsigned i = 0; i < sizeof(taps) / sizeof(taps[0]); ++i) p[i] = static_cast<Tap>(taps[i]);
 }
-template <class T>
-CUDA_CNN_INLINE void store_taps(uint8_t* p, TapLanes<T> taps) {
-  const auto bytes = __builtin_convertvector(taps, typename TapTypes<T>::Bytes);
-  memcpy(p, &bytes, sizeof(bytes));
+#if defined(CUDA_CNN_ISA_AVX512)
+CUDA_CNN_INLINE void read_taps(const uint8_t* p, TapLanes<float>& taps) {
+  taps = reinterpret_cast<TapLanes<float>>(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-template <class T>
-CUDA_CNN_INLINE void store_taps(int32_t* p, TapLanes<T> taps) {
-  const auto wide = __builtin_convertvector(taps, typename TapTypes<T>::Wide);
-  memcpy(p, &wide, sizeof(wide));
+CUDA_CNN_INLINE void write_taps(uint8_t* p, TapLanes<float> taps) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(taps)));
+}
+CUDA_CNN_INLINE void read_taps(const uint8_t* p, TapLanes<double>& taps) {
+  taps = reinterpret_cast<TapLanes<double>>(
+      _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+CUDA_CNN_INLINE void write_taps(uint8_t* p, TapLanes<double> taps) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(reinterpret_cast<__m512i>(taps)));
+}
+#elif defined(CUDA_CNN_ISA_AVX2)
+CUDA_CNN_INLINE void read_taps(const uint8_t* p, TapLanes<float>& taps) {
+  taps = reinterpret_cast<TapLanes<float>>(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+CUDA_CNN_INLINE void write_taps(uint8_t* p, TapLanes<float> taps) {
+  const __m256i lanes = reinterpret_cast<__m256i>(taps);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+}
+#endif
+
+template <class T, class Tap>
+CUDA_CNN_INLINE TapLanes<T> load_taps(const Tap* p) {
+  TapLanes<T> taps;
+  read_taps(p, taps);
+  return taps;
+}
+template <class T, class Tap>
+CUDA_CNN_INLINE void store_taps(Tap* p, TapLanes<T> taps) {
+  write_taps(p, taps);
 }
 
 template <class T, class Tap>

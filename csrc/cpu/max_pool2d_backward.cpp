@@ -105,43 +105,55 @@ struct Inside {
   }
 };
 
+// A window's cell, from the window's corner.
+struct Cell {
+  int64_t row, column;
+  int64_t offset;
+};
+
 // A tap that names no cell of a window counts as 0: whatever the taps hold, memory is safe.
-CUDA_CNN_INLINE int64_t valid(uint8_t tap, int64_t) { return tap; }  // the table of offsets has 256 entries
+CUDA_CNN_INLINE int64_t valid(uint8_t tap, int64_t) { return tap; }  // the table has 256 entries
 CUDA_CNN_INLINE int64_t valid(int32_t tap, int64_t cells) { return tap >= 0 && tap < cells ? tap : 0; }
 
-// Adds dy of one plane to `cells`, which holds zeros. A tap outside the plane adds nothing.
+// The windows [q, end) of output row p; pointers at the first one's channels and at the plane.
 template <class T, class Tap>
-void scatter_plane(const MaxPool2dParams& params, int64_t channels, const int64_t* offsets, const T* dy,
-                   const Tap* taps, Accumulator<T>* cells) {
-  const PoolAxis &h = params.h, &w = params.w;
-  const int64_t known = h.kernel * w.kernel;
-  const Inside rows(h), columns(w);
-  const auto add_inside = [&](int64_t p, int64_t q, int64_t end) {
-    int64_t corner = (window_start(h, p) * w.in + window_start(w, q)) * channels;
-    for (int64_t at = (p * w.out + q) * channels; q < end; ++q, corner += w.stride * channels) {
-      for (int64_t c = 0; c < channels; ++c, ++at) {
-        cells[corner + offsets[valid(taps[at], known)] + c] += widen(dy[at]);
-      }
+struct Windows {
+  const PoolAxis &h, &w;
+  int64_t channels;
+  const Cell* cells;  // by tap
+  const T* dy;
+  const Tap* taps;
+  Accumulator<T>* dx;
+
+  // All cells inside the plane.
+  CUDA_CNN_INLINE void add_inside(int64_t p, int64_t q, int64_t end) const {
+    const int64_t known = h.kernel * w.kernel, step = w.stride * channels, at = (p * w.out + q) * channels;
+    const T* g = dy + at;
+    const Tap* tap = taps + at;
+    Accumulator<T>* corner = dx + (window_start(h, p) * w.in + window_start(w, q)) * channels;
+    if (channels == 1) {
+      for (int64_t k = 0; k < end - q; ++k)
+        corner[k * step + cells[valid(tap[k], known)].offset] += widen(g[k]);
+      return;
     }
-  };
-  const auto add_checked = [&](int64_t p, int64_t q, int64_t end) {
-    for (int64_t at = (p * w.out + q) * channels; q < end; ++q) {
-      for (int64_t c = 0; c < channels; ++c, ++at) {
-        const int64_t tap = valid(taps[at], known);
-        const int64_t i = window_start(h, p) + tap / w.kernel * h.dilation;
-        const int64_t j = window_start(w, q) + tap % w.kernel * w.dilation;
-        if (i >= 0 && i < h.in && j >= 0 && j < w.in) cells[(i * w.in + j) * channels + c] += widen(dy[at]);
-      }
+    for (; q < end; ++q, g += channels, tap += channels, corner += step) {
+      for (int64_t c = 0; c < channels; ++c) corner[cells[valid(tap[c], known)].offset + c] += widen(g[c]);
     }
-  };
-  for (int64_t p = 0; p < h.out; ++p) {
-    const bool inside = p >= rows.begin && p < rows.end;
-    const int64_t begin = inside ? columns.begin : w.out, end = inside ? columns.end : w.out;
-    add_checked(p, 0, begin);
-    add_inside(p, begin, end);
-    add_checked(p, end, w.out);
   }
-}
+
+  // Windows that reach into the padding. A tap outside the plane adds nothing.
+  CUDA_CNN_INLINE void add_at_edge(int64_t p, int64_t q, int64_t end) const {
+    const int64_t known = h.kernel * w.kernel, top = window_start(h, p);
+    for (int64_t at = (p * w.out + q) * channels; q < end; ++q) {
+      const int64_t left = window_start(w, q), corner = (top * w.in + left) * channels;
+      for (int64_t c = 0; c < channels; ++c, ++at) {
+        const Cell& cell = cells[valid(taps[at], known)];
+        const int64_t i = top + cell.row, j = left + cell.column;
+        if (i >= 0 && i < h.in && j >= 0 && j < w.in) dx[corner + cell.offset + c] += widen(dy[at]);
+      }
+    }
+  }
+};
 
 template <class T, class Tap>
 void scatter(const MaxPool2dParams& params) {
@@ -149,24 +161,41 @@ void scatter(const MaxPool2dParams& params) {
   const PoolAxis &h = params.h, &w = params.w;
   const int64_t channels = params.channels_last ? params.channels : 1;
   const int64_t planes = params.batch * params.channels / channels;
-  const int64_t cells = h.in * w.in * channels, windows = h.out * w.out * channels;
-  // Where each tap's cell lies from the window's corner.
+  const int64_t size = h.in * w.in * channels, windows = h.out * w.out * channels;
   const int64_t known = h.kernel * w.kernel;
-  int64_t* offsets = workspace<int64_t>(Workspace::kShared, max64(known, 256));
-  for (int64_t tap = 0; tap < 256; ++tap) offsets[tap] = 0;
-  for (int64_t tap = 0; tap < known; ++tap) {
-    offsets[tap] = (tap / w.kernel * h.dilation * w.in + tap % w.kernel * w.dilation) * channels;
+  Cell* cells = workspace<Cell>(Workspace::kShared, max64(known, 256));
+  for (int64_t tap = 0; tap < max64(known, 256); ++tap) {
+    const int64_t row = tap < known ? tap / w.kernel * h.dilation : 0;
+    const int64_t column = tap < known ? tap % w.kernel * w.dilation : 0;
+    cells[tap] = {row, column, (row * w.in + column) * channels};
   }
-  parallel_for(planes, grain_of(cells), [&](int64_t begin, int64_t end) {
+  const Inside rows(h), columns(w);
+  parallel_for(planes, grain_of(size), [&](int64_t begin, int64_t end) {
     constexpr bool kDirect = sizeof(T) == sizeof(A);
-    A* sums = kDirect ? nullptr : workspace<A>(Workspace::kA, cells);
     for (int64_t plane = begin; plane < end; ++plane) {
-      T* dx = static_cast<T*>(params.output) + plane * cells;
-      if constexpr (kDirect) sums = dx;
-      memset(sums, 0, cells * sizeof(A));
-      scatter_plane(params, channels, offsets, static_cast<const T*>(params.input) + plane * windows,
-                    static_cast<const Tap*>(params.taps) + plane * windows, sums);
-      for (int64_t k = 0; !kDirect && k < cells; ++k) dx[k] = narrow<T>(sums[k]);
+      T* dx = static_cast<T*>(params.output) + plane * size;
+      A* sums;
+      if constexpr (kDirect) {
+        sums = dx;
+      } else {
+        sums = workspace<A>(Workspace::kA, size);
+      }
+      memset(sums, 0, size * sizeof(A));
+      const Windows<T, Tap> here = {h,
+                                    w,
+                                    channels,
+                                    cells,
+                                    static_cast<const T*>(params.input) + plane * windows,
+                                    static_cast<const Tap*>(params.taps) + plane * windows,
+                                    sums};
+      for (int64_t p = 0; p < h.out; ++p) {
+        const bool inside = p >= rows.begin && p < rows.end;
+        const int64_t first = inside ? columns.begin : w.out, last = inside ? columns.end : w.out;
+        here.add_at_edge(p, 0, first);
+        here.add_inside(p, first, last);
+        here.add_at_edge(p, last, w.out);
+      }
+      for (int64_t k = 0; !kDirect && k < size; ++k) dx[k] = narrow<T>(sums[k]);
     }
   });
 }

@@ -107,13 +107,11 @@ CUDA_CNN_INLINE Vec<A> even_lanes(Vec<A> a, Vec<A> b) {
 #endif
 }
 
-// out[k] = x[k · stride], widened; whole vectors are written. Returns zeros, or NaN somewhere if there was a
-// NaN or an infinity.
-template <class T>
-CUDA_CNN_INLINE Vec<Accumulator<T>> unpack(const T* x, int64_t stride, int64_t count, Accumulator<T>* out) {
-  using V = Vec<Accumulator<T>>;
+// out[k] = x[k · stride], widened; whole vectors are written. Multiplies everything by 0 into check: a NaN or
+// an infinity leaves NaN there.
+template <class T, class V>
+CUDA_CNN_INLINE void unpack(const T* x, int64_t stride, int64_t count, Accumulator<T>* out, V& check) {
   constexpr int kStep = kLanes<T>;
-  V check = {};
   for (int64_t k = 0; k < count; k += kStep) {
     V v = {};
     if (stride == 1) {
@@ -128,29 +126,19 @@ CUDA_CNN_INLINE Vec<Accumulator<T>> unpack(const T* x, int64_t stride, int64_t c
     check = fma(v, V{}, check);
     store(out + k, v);
   }
-  return check;
 }
 
-template <class V>
-CUDA_CNN_INLINE bool is_zero(V check) {
-  bool zero = true;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(check[0]); ++i) zero &= check[i] == 0;
-  return zero;
-}
-
-// One input row in phases, −inf in the padding. True if it is finite.
-template <class T>
-CUDA_CNN_INLINE bool unpack_row(const Plan& plan, const T* row, Accumulator<T>* phases) {
+// One input row in phases, −inf in the padding.
+template <class T, class V>
+CUDA_CNN_INLINE void unpack_row(const Plan& plan, const T* row, Accumulator<T>* phases, V& check) {
   const Accumulator<T> nothing = -Accumulator<T>(__builtin_inff());
-  Vec<Accumulator<T>> check = {};
   for (int64_t b = 0; b < plan.w.slots; ++b, phases += plan.length) {
     const Segment& segment = plan.segments[b];
-    check +=
-        unpack(row + segment.cell, plan.w.axis.stride, segment.end - segment.begin, phases + segment.begin);
+    unpack(row + segment.cell, plan.w.axis.stride, segment.end - segment.begin, phases + segment.begin,
+           check);
     fill(phases, segment.begin, nothing);
     fill(phases + segment.end, plan.used - segment.end, nothing);
   }
-  return is_zero(check);
 }
 
 // The best of each window's cells in one row; whole vectors are written.
@@ -169,30 +157,28 @@ CUDA_CNN_INLINE void scan_across(const Plan& plan, const A* phases, A* best_out,
   }
 }
 
-// All input rows of a band into scratch. Row order, so that a vector's overhang is overwritten by the next
-// row.
-template <class T, class Tap, bool kTrack>
+// All input rows of a band into scratch, in an order in which a vector's overhang is overwritten by the next
+// row. True if they were finite; if not, a scan that took them for finite is void.
+template <class T, class Tap, bool kTrack, bool kFinite>
 bool scan_rows(const Plan& plan, const T* plane, int64_t first, int64_t rows, Accumulator<T>* phases,
                Accumulator<T>* best, Tap* tap) {
   using A = Accumulator<T>;
   const Phases& h = plan.h;
   const int64_t columns = plan.w.axis.out;
-  bool all_finite = true;
+  Vec<A> check = {};
   for (int64_t a = 0; a < h.slots; ++a) {
     int64_t i = h.cell(a, first), at = a * plan.slot_rows * columns;
     for (int64_t m = 0; m < rows + h.reach; ++m, i += h.axis.stride, at += columns) {
       if (i < 0 || i >= h.axis.in) {
         fill(best + at, columns, -A(__builtin_inff()));
         if constexpr (kTrack) fill(tap + at, columns, Tap{0});
-      } else if (unpack_row(plan, plane + i * plan.w.axis.in, phases)) {
-        scan_across<A, Tap, kTrack, true>(plan, phases, best + at, tap + at);
       } else {
-        scan_across<A, Tap, kTrack, false>(plan, phases, best + at, tap + at);
-        all_finite = false;
+        unpack_row(plan, plane + i * plan.w.axis.in, phases, check);
+        scan_across<A, Tap, kTrack, kFinite>(plan, phases, best + at, tap + at);
       }
     }
   }
-  return all_finite;
+  return sum(check) == 0;
 }
 
 // Windows [0, count) of a band, from scratch to y and taps. True if one of them is −inf.
@@ -237,30 +223,40 @@ void name_first_cells(const Plan& plan, int64_t first, int64_t count, const T* y
   }
 }
 
+// Output rows [first, first + rows) of a plane; y and taps point at the first of them.
+template <class T, class Tap, bool kTrack>
+void pool_band(const Plan& plan, const T* plane, int64_t first, int64_t rows, T* y, Tap* taps) {
+  using A = Accumulator<T>;
+  const PoolAxis& w = plan.w.axis;
+  A* phases = workspace<A>(Workspace::kA, plan.w.slots * plan.length);
+  A* best = workspace<A>(Workspace::kB, plan.scratch());
+  Tap* best_taps = workspace<Tap>(Workspace::kC, plan.scratch());
+  bool nothing;
+  if (scan_rows<T, Tap, kTrack, true>(plan, plane, first, rows, phases, best, best_taps)) {
+    nothing = scan_down<T, Tap, kTrack, true>(plan, rows * w.out, best, best_taps, y, taps);
+  } else {
+    scan_rows<T, Tap, kTrack, false>(plan, plane, first, rows, phases, best, best_taps);
+    nothing = scan_down<T, Tap, kTrack, false>(plan, rows * w.out, best, best_taps, y, taps);
+  }
+  if constexpr (kTrack) {
+    if (nothing) name_first_cells(plan, first, rows * w.out, y, taps);
+  }
+}
+
 template <class T, class Tap, bool kTrack>
 void forward(const MaxPool2dParams& params) {
-  using A = Accumulator<T>;
   const Plan plan(params);
   const PoolAxis &h = params.h, &w = params.w;
   const int64_t tasks = params.batch * params.channels * plan.bands;
   parallel_for(tasks, grain_of(plan.band * w.out), [&](int64_t begin, int64_t end) {
-    A* phases = workspace<A>(Workspace::kA, plan.w.slots * plan.length);
-    A* rows = workspace<A>(Workspace::kB, plan.scratch());
-    Tap* row_taps = workspace<Tap>(Workspace::kC, plan.scratch());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t plane = task / plan.bands, first = task % plan.bands * plan.band;
-      const int64_t count = min64(plan.band, h.out - first) * w.out, at = (plane * h.out + first) * w.out;
-      T* y = static_cast<T*>(params.output) + at;
-      Tap* taps = kTrack ? static_cast<Tap*>(params.taps) + at : nullptr;
+      const int64_t rows = min64(plan.band, h.out - first), at = (plane * h.out + first) * w.out;
       const T* x = static_cast<const T*>(params.input) + plane * h.in * w.in;
-      const bool finite = scan_rows<T, Tap, kTrack>(plan, x, first, count / w.out, phases, rows, row_taps);
-      const bool nothing = finite ? scan_down<T, Tap, kTrack, true>(plan, count, rows, row_taps, y, taps)
-                                  : scan_down<T, Tap, kTrack, false>(plan, count, rows, row_taps, y, taps);
-      if constexpr (kTrack) {
-        if (nothing) name_first_cells(plan, first, count, y, taps);
-        for (int64_t t = 0; params.indices && t < count; ++t) {
-          params.indices[at + t] = tap_index(h, w, first + t / w.out, t % w.out, taps[t]);
-        }
+      Tap* taps = kTrack ? static_cast<Tap*>(params.taps) + at : nullptr;
+      pool_band<T, Tap, kTrack>(plan, x, first, rows, static_cast<T*>(params.output) + at, taps);
+      for (int64_t t = 0; kTrack && params.indices && t < rows * w.out; ++t) {
+        params.indices[at + t] = tap_index(h, w, first + t / w.out, t % w.out, taps[t]);
       }
     }
   });
