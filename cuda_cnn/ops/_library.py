@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 # The kernels. Tests point this at another library of the same operators.
@@ -31,6 +32,14 @@ def check_tensors(operator: str, optional: tuple[str, ...] = (), **tensors: Any)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and not (tensor is None and name in optional):
             raise TypeError(f"{operator}: expected {name} to be a Tensor, got {type(tensor).__name__}")
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args) for positional arguments; outside functorch without a look at forward's signature,
+    which would take longer than a small kernel."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -22,7 +22,7 @@ class Conv2dFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, _, *ctx.geometry = inputs
-        ctx.channels_last = channels_last(x, weight)
+        ctx.channels_last = output.stride(1) == 1 and not output.is_contiguous()
         ctx.save_for_backward(x, weight)
 
     @staticmethod
@@ -106,25 +106,25 @@ class Conv2dBiasGradFunction(torch.autograd.Function):
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     if not _library.needs_function(x, weight, bias):
         return _library.ops.conv2d(x, weight, bias, *geometry)
-    return Conv2dFunction.apply(x, weight, bias, *geometry)
+    return _library.apply(Conv2dFunction, x, weight, bias, *geometry)
 
 
 def conv2d_input_grad(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     if not _library.needs_function(dy, weight):
         return _library.ops.conv2d_input_grad(dy, weight, *rest)
-    return Conv2dInputGradFunction.apply(dy, weight, *rest)
+    return _library.apply(Conv2dInputGradFunction, dy, weight, *rest)
 
 
 def conv2d_weight_grad(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
     if not _library.needs_function(dy, x):
         return _library.ops.conv2d_weight_grad(dy, x, *rest)
-    return Conv2dWeightGradFunction.apply(dy, x, *rest)
+    return _library.apply(Conv2dWeightGradFunction, dy, x, *rest)
 
 
 def conv2d_bias_grad(dy: Tensor) -> Tensor:
     if not _library.needs_function(dy):
         return _library.ops.conv2d_bias_grad(dy)
-    return Conv2dBiasGradFunction.apply(dy)
+    return _library.apply(Conv2dBiasGradFunction, dy)
 
 
 def conv2d(
@@ -181,7 +181,8 @@ def conv2d(
     if dtype is not None:
         input, weight, bias = (_library.cast(t, dtype) for t in (input, weight, bias))
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
-    (groups,) = _whole_numbers("groups", (groups,))
+    if type(groups) is not int:
+        (groups,) = _whole_numbers("groups", (groups,))
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     if isinstance(padding, str):
         batched, padding = _pad(batched, weight, stride, padding, dilation)
@@ -217,6 +218,10 @@ def _whole_numbers(name: str, values: Sequence[Any]) -> list[int]:
 
 
 def _pair(name: str, value: Any) -> list[int]:
+    if type(value) is int:
+        return [value, value]
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return list(value)
     if not isinstance(value, tuple | list):
         return _whole_numbers(name, (value,)) * 2
     if len(value) not in (1, 2):

@@ -18,9 +18,9 @@ struct GemmTasks {
 
 namespace {
 
-// A: 126 * 512 * 4 bytes = 252 KiB, a quarter of the L2 of the machines of today; B's block 64 KiB.
-constexpr int64_t kBlockDepth = 512;
-constexpr int64_t kBlockTiles = 126 / kTileRows;
+// A: 168 * 384 * 4 bytes = 252 KiB, a quarter of the L2 of the machines of today; B's block 48 KiB.
+constexpr int64_t kBlockDepth = 384;
+constexpr int64_t kBlockTiles = 168 / kTileRows;
 // Below so many multiply-adds a thread is not worth waking.
 constexpr int64_t kWorthAThread = 100000;
 
