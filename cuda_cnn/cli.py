@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": ("cuda_cnn.demo", "train LeNet-5 on handwritten digits, draw pictures, time every operator"),
     "train": ("cuda_cnn.train.commands.train", "train a network"),
     "evaluate": ("cuda_cnn.train.commands.evaluate", "accuracy of a trained network on a data set"),
+    "reproduce": ("cuda_cnn.train.commands.reproduce", "a paper's claim run again at small scale"),
     "summary": ("cuda_cnn.models.summary", "a network's layers: shapes, costs, memory, receptive fields"),
     "predict": ("cuda_cnn.train.commands.predict", "classify picture files with a trained network"),
 }

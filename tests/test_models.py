@@ -19,6 +19,7 @@ from cuda_cnn.models.vgg import VGG, init_from_shallower
 PARAMETERS = {
     "alexnet": 60_965_224,
     "alexnet_torchvision": 61_100_840,
+    "alexnet_cifar": 85_098,
     "vgg11": 132_863_336,
     "vgg11_lrn": 132_863_336,
     "vgg13": 133_047_848,
@@ -278,6 +279,7 @@ def on_torch_layers(model: nn.Module) -> nn.Module:
 
 SMALL = {
     "alexnet": (67, lambda: shorten_classifier(create_model("alexnet", num_classes=5))),
+    "alexnet_cifar": (32, lambda: create_model("alexnet_cifar", num_classes=5)),
     "vgg_lrn": (32, lambda: shorten_classifier(VGG([[8], [8], [16, (8, 1)], [8], [512]], 5, lrn=True))),
     "vgg_bn": (32, lambda: shorten_classifier(VGG([[8], [8, 16], [8], [8], [512]], 5, batch_norm=True))),
     "resnet_a": (33, lambda: ResNet(BasicBlock, [2, 1], 5, shortcut="A")),
@@ -297,7 +299,9 @@ def test_numbers_are_those_of_torch_layers(name, layout):
     torch.manual_seed(0)
     side, build = SMALL[name]
     # Batch normalisation of few values magnifies rounding: only nets without it are compared in float32.
-    dtype, relative = (torch.float32, 1e-4) if name in ("alexnet", "googlenet") else (torch.float64, 1e-8)
+    dtype, relative = (
+        (torch.float32, 1e-4) if name in ("alexnet", "alexnet_cifar", "googlenet") else (torch.float64, 1e-8)
+    )
     model = build().to(dtype=dtype, memory_format=layout)
     x = reals(2, 3, side, side, dtype=dtype).contiguous(memory_format=layout)
     assert_same_network(model, on_torch_layers(model), x, relative)

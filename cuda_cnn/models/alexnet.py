@@ -4,18 +4,29 @@ NIPS 2012), on one device or its two towers on two; and torchvision's variant of
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import AdaptiveAvgPool2d, Dropout, Linear, Module, Parameter, ReLU, Sequential, Tanh, init
+from torch.nn import (
+    AdaptiveAvgPool2d,
+    Dropout,
+    Identity,
+    Linear,
+    Module,
+    Parameter,
+    ReLU,
+    Sequential,
+    Tanh,
+    init,
+)
 
 from cuda_cnn import nn
 
 from .base import ConvNet
 from .registry import register_model
 
-__all__ = ["AlexNet", "AlexNetTorchvision", "TwoTowerAlexNet"]
+__all__ = ["AlexNet", "AlexNetTorchvision", "CifarAlexNet", "TwoTowerAlexNet"]
 
 
 class _AlexNet(ConvNet):
@@ -61,18 +72,7 @@ class AlexNet(_AlexNet):
         dropout: float = 0.5,
     ):
         super().__init__(in_chans)
-        if activation not in ("relu", "tanh"):
-            raise ValueError(f"AlexNet: expected activation 'relu' or 'tanh', got {activation!r}")
-
-        def rectify() -> Module:
-            return ReLU(inplace=True) if activation == "relu" else Tanh()
-
-        def normalise() -> Module:  # α is divided by n here: the paper's 1e-4
-            return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0) if lrn else torch.nn.Identity()
-
-        def pool() -> Module:
-            return nn.MaxPool2d(3 if overlapped_pooling else 2, stride=2)
-
+        rectify, normalise, pool = _options(lrn, overlapped_pooling, activation)
         self.features = Sequential(
             *(nn.Conv2d(in_chans, 96, 11, stride=4), rectify(), normalise(), pool()),
             *(nn.Conv2d(96, 256, 5, padding=2, groups=2), rectify(), normalise(), pool()),
@@ -94,6 +94,76 @@ class AlexNet(_AlexNet):
         for layer in (conv1, conv2, conv3, conv4, conv5, fc6, fc7, fc8):
             init.normal_(layer.weight, std=0.01)
             init.constant_(layer.bias, 1.0 if layer in (conv2, conv4, conv5, fc6, fc7) else 0.0)
+
+
+def _options(lrn: bool, overlapped_pooling: bool, activation: str) -> tuple[Callable[[], Module], ...]:
+    """What makes a layer's activation, its normalisation, and its pooling."""
+    if activation not in ("relu", "tanh"):
+        raise ValueError(f"AlexNet: expected activation 'relu' or 'tanh', got {activation!r}")
+
+    def rectify() -> Module:
+        return ReLU(inplace=True) if activation == "relu" else Tanh()
+
+    def normalise() -> Module:  # α is divided by n here: the paper's 1e-4
+        return nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0) if lrn else Identity()
+
+    def pool() -> Module:
+        return nn.MaxPool2d(3 if overlapped_pooling else 2, stride=2)
+
+    return rectify, normalise, pool
+
+
+class CifarAlexNet(ConvNet):
+    """The small network of sections 3.1 and 3.3: four layers, three 5×5 convolutions of 32, 32 and 64 maps and a
+    linear one, for the paper's comparisons at small scale. The paper gives no widths; these are cuda-convnet's.
+
+    lrn, overlapped_pooling, activation, dropout: as AlexNet's; batch_norm: after every convolution.
+    He initialisation.
+    """
+
+    input_size = 32
+    min_size = 15
+    window = 3
+    head_names = ("avgpool", "dropout", "fc")
+    taps = (4, 9, 14)
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        *,
+        lrn: bool = True,
+        overlapped_pooling: bool = True,
+        activation: str = "relu",
+        batch_norm: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__(in_chans)
+        rectify, normalise, pool = _options(lrn, overlapped_pooling, activation)
+        layers: list[Module] = []
+        for planes, width in ((in_chans, 32), (32, 32), (32, 64)):
+            norm = nn.BatchNorm2d(width) if batch_norm else Identity()
+            layers += [nn.Conv2d(planes, width, 5, padding=2), norm, rectify(), normalise(), pool()]
+        self.features = Sequential(*layers)
+        self.avgpool = AdaptiveAvgPool2d(3)  # the identity at 32×32 with overlapped pools
+        self.dropout = Dropout(dropout)
+        self.fc = Linear(64 * 3 * 3, num_classes)
+        for layer in self.modules():
+            if isinstance(layer, torch.nn.Conv2d | Linear):
+                init.kaiming_normal_(layer.weight)
+                init.zeros_(layer.bias)
+
+    def stages(self, x: Tensor) -> Iterator[Tensor]:
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.taps:
+                yield x
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.fc(self.dropout(self.avgpool(x).flatten(1)))
+
+    def classifier_layers(self) -> list[Module]:
+        return [self.dropout, self.fc]
 
 
 class AlexNetTorchvision(_AlexNet):
@@ -238,6 +308,12 @@ def alexnet(
     """The paper's network. devices: two of them put one tower on each; other options: see AlexNet."""
     whole = AlexNet(num_classes, in_chans, **kwargs)
     return whole if devices is None else TwoTowerAlexNet(whole, devices)
+
+
+@register_model
+def alexnet_cifar(num_classes: int = 10, in_chans: int = 3, **kwargs) -> CifarAlexNet:
+    """The four-layer network of the paper's comparisons; options: see CifarAlexNet."""
+    return CifarAlexNet(num_classes, in_chans, **kwargs)
 
 
 @register_model
