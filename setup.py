@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -132,6 +132,8 @@ def build_command(info: dict, variant: str) -> type:
 
 
 def main() -> None:
+    if int(__version__.split(".")[0]) < 77:
+        raise SystemExit(f"\ncuda_cnn: {build_config.OLD_SETUPTOOLS.format(found=__version__)}\n")
     if not BUILD_COMMANDS & set(sys.argv):  # sdist and the like compile nothing
         setup(ext_modules=[Extension("cuda_cnn._C", [])], cmdclass={"build_ext": build_ext})
         return

@@ -218,6 +218,17 @@ def test_setup_without_torch_says_how_to_install(no_torch):
     assert result.returncode != 0 and config.NO_TORCH in result.stderr and "Traceback" not in result.stderr
 
 
+def test_setup_with_old_setuptools_says_what_to_install(tmp_path):
+    package = tmp_path / "setuptools"
+    (package / "command").mkdir(parents=True)
+    (package / "__init__.py").write_text("__version__ = '65.5.0'\nsetup = Extension = None")
+    (package / "command" / "__init__.py").touch()
+    (package / "command" / "build_ext.py").write_text("build_ext = None")
+    result = run_setup("bdist_wheel", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "setuptools 77 or newer is needed, 65.5.0 is installed. Run: pip install -U" in result.stderr
+
+
 def test_setup_without_compiler_says_what_to_install(tmp_path):
     result = run_setup("build_ext", CXX="no-such-compiler", CUDA_CNN_CUDA="0")
     assert result.returncode != 0 and "looked for no-such-compiler" in result.stderr
