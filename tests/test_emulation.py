@@ -20,6 +20,7 @@ BUGS = [
     *("loader off by one", "shared out of bounds", "unwritten rows", "divergent barrier", "incomplete warp"),
     *("misaligned copy", "unrounded", "plain global out of bounds", "plain shared out of bounds"),
     *("shuffle as fence", "early exit", "atomics", "warp barrier for block"),
+    *("overlapping blocks", "reads other block"),
 ]
 CHECKED = {"races": True, "bounds": True}
 EVERY_ORDER = [
@@ -155,6 +156,11 @@ REPORTED = [
     ("row_sums", "missing barrier", r"uninitialised shared read|race: shared"),
     ("row_sums", "plain global out of bounds", r"global read of 4 bytes at .* outside every tensor"),
     ("row_sums", "plain shared out of bounds", r"shared read of 4 bytes at \+384, outside the 384 bytes"),
+    (
+        "row_sums",
+        "overlapping blocks",
+        r"race: global write of \S+, which block \d of the same launch writes",
+    ),
     ("row_sums", "shuffle as fence", r"uninitialised shared read|race: shared"),
 ]
 
@@ -167,6 +173,11 @@ def test_mistake_is_reported_in_every_order(kernels, kernel, bug, expected):
         with kernels.engine.options(**CHECKED, **order):
             _, report = getattr(kernels, kernel)(bug)
         assert re.search(rf"^planted\.cu:\d+: .*({expected})", report, re.MULTILINE), (order, report)
+
+
+def test_read_of_what_another_block_writes_is_reported(kernels):
+    with kernels.engine.options(schedule="forward", **CHECKED):  # in reverse the other block has not run yet
+        assert "race: global read" in kernels.row_sums("reads other block")[1]
 
 
 def test_exit_before_a_barrier_is_reported(kernels):

@@ -22,7 +22,7 @@ struct Options {
   Schedule schedule = Schedule::kForward;
   Landing landing = Landing::kLate;
   unsigned seed = 1;
-  bool races = false;     // races, uninitialised reads and reads in flight, in shared memory
+  bool races = false;     // in shared memory races, uninitialised reads, reads in flight; between blocks
   bool bounds = false;    // global accesses must fall into a registered range
   bool counters = false;  // bank conflicts and sectors
 };
@@ -114,6 +114,7 @@ struct Shadow {
 
 struct Block {
   Dim3 index;
+  uint32_t number = 0;  // in the grid, from 1
   int threads = 0, live = 0;
   const Launch* launch = nullptr;
   char* shared = nullptr;
@@ -159,6 +160,10 @@ void shadow_copy_started(uint32_t offset, uint32_t bytes, const Site& site);
 void shadow_copy_landed(uint32_t offset, uint32_t bytes);
 void shadow_warp_barrier(Warp& warp, uint32_t lanes);
 void shadow_block_barrier();
+
+// ---- global_shadow.cpp ----
+void global_shadow_start_launch();
+void global_shadow_access(const void* pointer, uint32_t bytes, Access access, const Site& site);
 
 // ---- counters.cpp ----
 void count_access(Traffic traffic, const void* pointer, uint32_t bytes, const Site& site);

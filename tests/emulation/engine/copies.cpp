@@ -33,6 +33,7 @@ void copy_async(uint32_t destination, const void* source, uint32_t bytes, uint32
     count_access(Traffic::kCopyStore, target, bytes, site);
     if (source_bytes > 0) count_access(Traffic::kCopyLoad, source, source_bytes, site);
   }
+  if (options.races && source_bytes > 0) global_shadow_access(source, source_bytes, Access::kRead, site);
   if (options.races) shadow_copy_started(destination - kSharedBase, bytes, site);
   std::memset(target, kPoison, bytes);
   current->copies.push_back(

@@ -40,6 +40,7 @@ void global_access(const void* pointer, uint32_t bytes, Access access, const Sit
     count_access(access == Access::kRead ? Traffic::kGlobalLoad : Traffic::kGlobalStore, pointer, bytes,
                  site);
   }
+  if (options.races) global_shadow_access(pointer, bytes, access, site);
 }
 
 }  // namespace

@@ -274,10 +274,14 @@ bool run(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   clear_report();
   if (!prepare_block(launch)) return false;
+  if (options.races) global_shadow_start_launch();
   const Dim3& grid = launch.grid;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks && !block.aborted; ++i) {
-    const uint64_t b = options.schedule == Schedule::kReverse ? blocks - 1 - i : i;
+    const uint64_t b = options.schedule == Schedule::kForward   ? i
+                       : options.schedule == Schedule::kReverse ? blocks - 1 - i
+                                                                : (i + options.seed) % blocks;
+    block.number = static_cast<uint32_t>(b + 1);
     run_block({static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                static_cast<unsigned>(b / grid.x / grid.y)});
   }

@@ -31,6 +31,8 @@ enum class Bug : int {
   kEarlyExit,
   kAtomics,
   kWarpBarrierForBlock,
+  kOverlappingBlocks,
+  kReadsOtherBlock,
 };
 
 // ---- D = A · Bᵀ: A [m][depth], B [n][depth] bfloat16, D [m][n] float; one 64 x 64 tile a block ----
@@ -164,7 +166,8 @@ __global__ void row_sums(const float* x, float* sums, int columns) {
   sum = shared.values[self ^ 1] + shared.values[self];
   __syncwarp();
   sum = warp_reduce(sum, Sum{}) * 0.5f;
-  if (self == 0) sums[blockIdx.x] = sum;
+  if (kBug == Bug::kReadsOtherBlock && self == 0 && blockIdx.x > 0) sum += 0.f * sums[blockIdx.x - 1];
+  if (self == 0) sums[kBug == Bug::kOverlappingBlocks ? blockIdx.x / 2 : blockIdx.x] = sum;
 }
 
 // ---- TF32: d = a · b for one 16 x 8 x 8 product ----
@@ -229,7 +232,7 @@ bool succeeds(Launcher launcher) {
 // Calls fn with the bug as a constant.
 template <int kFirst = 0, class Fn>
 void with_bug(int bug, Fn fn) {
-  if constexpr (kFirst <= static_cast<int>(Bug::kWarpBarrierForBlock)) {
+  if constexpr (kFirst <= static_cast<int>(Bug::kReadsOtherBlock)) {
     if (bug != kFirst) return with_bug<kFirst + 1>(bug, fn);
     fn(std::integral_constant<Bug, static_cast<Bug>(kFirst)>{});
   }
