@@ -24,7 +24,7 @@ def run_of(losses: list[float], accuracies: list[float]) -> Run:
         {"epoch": i + 1, "train_loss": loss, "train_accuracy": accuracy, "test_accuracy": accuracy}
         for i, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True))
     ]
-    return Run(10, rows, None, None)
+    return Run(10, rows, None)
 
 
 def test_measures_of_a_run():
@@ -83,6 +83,16 @@ def test_reproduce_trains_every_form_with_every_seed(tmp_path):
         assert runs[0].history == outcome.runs[form][0].history
     assert outcome.means().keys() == claim.forms.keys()
     assert outcome.draw(tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_run_that_blows_up_has_not_learned():
+    claim = CLAIMS["lrn"]
+    claim = dataclasses.replace(claim, recipe=dataclasses.replace(claim.recipe, lr=1e30))
+    outcome = reproduce(claim, some_data(), seeds=1, epochs=3)
+    for (run,) in outcome.runs.values():
+        assert [row["epoch"] for row in run.history] == [1, 2, 3]
+        assert run.loss() == float("inf")
+        assert run.test_error() == pytest.approx(0.9)
 
 
 def test_drawing_measures_f6():

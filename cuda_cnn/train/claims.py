@@ -8,6 +8,7 @@ recipe.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from .data import Data, ImageSet
-from .loop import Evaluation, Trainer
+from .diagnose import NonFiniteError
+from .loop import Trainer
 from .progress import Progress
 from .recipes import Recipe, load_recipe
 
@@ -26,11 +28,10 @@ __all__ = ["CLAIMS", "Claim", "Outcome", "reproduce"]
 
 @dataclass
 class Run:
-    """One training: the network's size, the epochs' rows, and the test's result."""
+    """One training: the network's size, the epochs' rows, and what was trained."""
 
     parameters: int
     history: list[dict]
-    result: Evaluation
     trainer: Trainer
 
     def loss(self) -> float:
@@ -132,10 +133,21 @@ def reproduce(
             arguments = {**claim.recipe.model_args, **model_args}
             recipe = claim.recipe.override(model=arguments.pop("model", None), epochs=epochs)
             trainer = Trainer(dataclasses.replace(recipe, model_args=arguments), data, seed)
-            result = trainer.fit(progress=Progress(silent=True))
             count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-            outcome.runs[form].append(Run(count, trainer.history, result, trainer))
+            outcome.runs[form].append(Run(count, _history(trainer), trainer))
     return outcome
+
+
+def _history(trainer: Trainer) -> list[dict]:
+    """The epochs' rows; those after the loss became infinite or NaN have the accuracy of guessing."""
+    try:
+        trainer.fit(progress=Progress(silent=True))
+    except NonFiniteError:
+        guess = 1 / len(trainer.data.classes)
+        lost = {"train_loss": math.inf, "train_accuracy": guess, "test_accuracy": guess}
+        missing = range(len(trainer.history) + 1, trainer.recipe.epochs + 1)
+        return trainer.history + [{"epoch": epoch, **lost} for epoch in missing]
+    return trainer.history
 
 
 def smaller(data: Data, side: int) -> Data:
