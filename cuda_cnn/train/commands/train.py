@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 from ...models.registry import builder_parameters
-from ..checkpoint import STATE_FILE, CheckpointError, load_checkpoint
+from ...models.vgg import VGG, init_from_shallower
+from ..checkpoint import STATE_FILE, CheckpointError, load_checkpoint, restore_model
 from ..data import load_data
 from ..loop import Interrupted, Trainer
 from ..progress import Progress
@@ -21,7 +22,10 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("train", help="train a network", description=__doc__)
     parser.add_argument("--model", help="a network of create_model (default lenet5)")
     parser.add_argument("--recipe", help="a recipe, or a JSON file of one's own (default: the network's own)")
-    parser.add_argument("--data", help='"digits" (bundled, the default) or "mnist:FOLDER"')
+    parser.add_argument(
+        "--data",
+        help='"digits" (bundled, the default), or FOLDER behind mnist:, cifar10:, cifar100: or imagefolder:',
+    )
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="learning rate")
@@ -29,6 +33,11 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--schedule")
     parser.add_argument("--loss", help="map, euclidean (LeNet-5's, equations 9 and 8) or cross_entropy")
     parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--init-from",
+        metavar="CHECKPOINT",
+        help="start a VGG from a trained shallower one (Simonyan, section 3.1)",
+    )
     parser.add_argument("--out", help="folder of the run (default out/MODEL)")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="CHECKPOINT", help="continue a run (default: --out's)"
@@ -76,7 +85,13 @@ def _start(args: argparse.Namespace, chosen) -> tuple[Trainer, Path]:
             f"{out} already holds a run: --resume continues it, --overwrite starts again, "
             "--out FOLDER goes elsewhere"
         )
-    return Trainer(recipe, load_data(args.data or "digits"), args.seed or 0, chosen), out
+    trainer = Trainer(recipe, load_data(args.data or "digits"), args.seed or 0, chosen)
+    if args.init_from:
+        shallower = restore_model(load_checkpoint(args.init_from))
+        if not isinstance(trainer.model, VGG) or not isinstance(shallower, VGG):
+            raise ValueError("--init-from is for VGG networks: both the one to train and the checkpoint's")
+        init_from_shallower(trainer.model, shallower)
+    return trainer, out
 
 
 def _recipe(name: str | None, model: str) -> Recipe:
