@@ -20,7 +20,10 @@ NO_TORCH = (
     "cuda_cnn compiles against the PyTorch you already have, and pip's isolated build hides it. "
     "Run: pip install --no-build-isolation -v ."
 )
-OLD_SETUPTOOLS = "setuptools 77 or newer is needed, {found} is installed. Run: pip install -U 'setuptools>=77,<82' wheel ninja"
+OLD_SETUPTOOLS = (
+    "setuptools 77 or newer is needed, {found} is installed. "
+    "Run: pip install -U 'setuptools>=77,<82' wheel ninja"
+)
 NO_COMPILER = (
     "no C++ compiler was found (looked for {looked_for}). Install one: `apt-get install g++` (Debian, Ubuntu), "
     "`dnf install gcc-c++` (Fedora, RHEL), `xcode-select --install` (macOS), or name yours in CXX."

@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))  # pip's build frontend leaves it out
 import build_config  # noqa: E402
 
 CSRC = ROOT / "csrc"
-COMPILED_ONCE = {"parallel.cpp", "workspace.cpp", "isa.cpp", "choose.cpp"}
 # A target pragma ahead of every include gives the code that -m flags would. A further set (avx512bf16, …) is one
 # more row here and in csrc/cpu/isa.h.
 ISA_TARGETS = {
