@@ -1,6 +1,7 @@
 """Every tile and load of the CUDA products, forced one after the other: the same exact sums from each of them."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,11 +23,10 @@ CHANNELS_LAST = torch.channels_last
 
 
 @pytest.fixture(params=["bfloat16", "float16", "tf32", "float32"])
-def dtype(request, monkeypatch) -> torch.dtype:
-    if request.param == "tf32":
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        return torch.float32
-    return getattr(torch, request.param)
+def dtype(request) -> Iterator[torch.dtype]:
+    tf32 = request.param == "tf32"
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        yield torch.float32 if tf32 else getattr(torch, request.param)
 
 
 def run(case: str, dtype: torch.dtype, device: str, **options) -> list[torch.Tensor]:

@@ -3,6 +3,8 @@
 Aligned channels_last layouts must come without a bank conflict and without a wasted sector.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from emulation import Counter, Engine, Unavailable, emulated, emulated_operators, torch_engine
@@ -31,11 +33,10 @@ def engine() -> Engine:
 
 
 @pytest.fixture(params=["bfloat16", "float16", "tf32", "float32"])
-def dtype(request, monkeypatch) -> torch.dtype:
-    if request.param == "tf32":
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        return torch.float32
-    return getattr(torch, request.param)
+def dtype(request) -> Iterator[torch.dtype]:
+    tf32 = request.param == "tf32"
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        yield torch.float32 if tf32 else getattr(torch, request.param)
 
 
 def count(engine: Engine, case: str, dtype: torch.dtype, pass_: str) -> list[Counter]:
