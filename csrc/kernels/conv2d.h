@@ -1,13 +1,13 @@
 // 2-D convolution (cross-correlation) on NHWC activations and KRSC weights:
 //
-//   y[n,p,q,k] = bias[k] + sum over r, s, c of  w[k,r,s,c] * x[n, p*stride_h + r*dilation_h - pad_h,
-//                                                            q*stride_w + s*dilation_w - pad_w, g*C/groups + c]
+//   y[n,p,q,k] = bias[k] + sum over r, s, c of  w[k,r,s,c] * x[n, h, w, g*C/groups + c],  c in [0, C/groups)
 //
-// with c in [0, C/groups), g = k / (K/groups), and x = 0 outside the image. Its gradients, for dy = dL/dy:
+// with h = p*stride_h + r*dilation_h - pad_h, w = q*stride_w + s*dilation_w - pad_w, g = k / (K/groups), and
+// x = 0 outside the image. Its gradients, for dy = dL/dy:
 //
-//   dx[n,h,w,c]  = sum over k, r, s with h = p*stride_h + r*dilation_h - pad_h (w alike) of  w[k,r,s,c] * dy[n,p,q,k]
-//   dw[k,r,s,c]  = sum over n, p, q of  dy[n,p,q,k] * x[n, h, w, c]
-//   db[k]        = sum over n, p, q of  dy[n,p,q,k]
+//   dx[n,h,w,c] = sum over k, r, s of  w[k,r,s,c] * dy[n,p,q,k],  for the p and q that h and w stem from
+//   dw[k,r,s,c] = sum over n, p, q of  dy[n,p,q,k] * x[n,h,w,c]
+//   db[k]       = sum over n, p, q of  dy[n,p,q,k]
 //
 // Each launcher reads and writes what its line below names; the other pointers may be null.
 // Extents of 0 are legal: an empty sum is 0.
@@ -23,34 +23,35 @@ enum class Conv2dAlgorithm : int32_t { kAuto, kWinograd, kDepthwise, kGemm, kRef
 enum class Conv2dDirection : int32_t { kForward, kInputGrad, kWeightGrad };
 
 struct Conv2dParams {
-  DType dtype;  // of x, weight, bias, y, residual and of their gradients
-  int64_t N, H, W, C;    // x
-  int64_t K, R, S;       // weight (K, R, S, C/groups), contiguous in this order
-  int64_t P, Q;          // y (N, P, Q, K); given, so that padding below and right may differ from pad_h, pad_w
+  DType dtype;         // of x, weight, bias, y, residual and of their gradients
+  int64_t N, H, W, C;  // x
+  int64_t K, R, S;     // weight (K, R, S, C/groups), contiguous in this order
+  int64_t P, Q;        // y (N, P, Q, K); given, so that padding below and right may differ from pad_h, pad_w
   int64_t stride_h, stride_w;
   int64_t pad_h, pad_w;  // above and on the left; may be negative
   int64_t dilation_h, dilation_w;
   int64_t groups;
 
-  const void* x;       // channels contiguous; pixels x_pixel elements apart, rows W and images H*W pixels apart
+  const void* x;  // channels contiguous; pixels x_pixel elements apart, rows W and images H*W pixels apart
   const void* weight;
-  const void* bias;    // K, or null
-  const void* dy;      // as y
-  void* y;             // pixels y_pixel elements apart
-  void* dx;            // pixels x_pixel elements apart
-  void* dweight;       // dweight or dbias may be null: it is not wanted
+  const void* bias;  // K, or null
+  const void* dy;    // as y
+  void* y;           // pixels y_pixel elements apart
+  void* dx;          // pixels x_pixel elements apart
+  void* dweight;     // dweight or dbias may be null: it is not wanted
   void* dbias;
-  int64_t x_pixel;     // >= C: a channel slice of a wider buffer is a pointer and a pixel stride
+  int64_t x_pixel;  // >= C: a channel slice of a wider buffer is a pointer and a pixel stride
   int64_t y_pixel;
 
-  // Fused forms, forward. Padding is zero after the prologue; vectors are float (double for float64), or null.
+  // Fused forms, forward. Padding is zero after the prologue. Vectors are float (double for float64), or
+  // null.
   const void* in_scale;  // x <- in_scale[c] * x + in_shift[c]
   const void* in_shift;
   bool in_relu;          // x <- max(x, 0)
   bool relu;             // y <- max(y + residual, 0)
   const void* residual;  // as y, pixels residual_pixel elements apart, or null
   int64_t residual_pixel;
-  void* mean;            // K: of y over its pixels, and the biased variance; or null
+  void* mean;  // K: of y over its pixels, and the biased variance; or null
   void* variance;
 
   Conv2dAlgorithm algorithm;  // forced, or kAuto
@@ -59,8 +60,17 @@ struct Conv2dParams {
   void* workspace;            // CUDA: conv2d_workspace_bytes, from torch's allocator
 };
 
+// to[i][column][row] = from[i][row][column]: NCHW to NHWC with rows = C, columns = H*W, and back.
+struct Conv2dTransposeParams {
+  DType dtype;
+  int64_t count, rows, columns;
+  const void* from;
+  void* to;
+};
+
 // Extent of the output along one axis; 0 where the kernel does not fit.
-HOST_DEVICE int64_t conv2d_output_extent(int64_t in, int64_t pad_both, int64_t kernel, int64_t stride, int64_t dilation) {
+HOST_DEVICE int64_t conv2d_output_extent(int64_t in, int64_t pad_both, int64_t kernel, int64_t stride,
+                                         int64_t dilation) {
   const int64_t room = in + pad_both - (dilation * (kernel - 1) + 1);
   return room < 0 ? 0 : room / stride + 1;
 }
@@ -70,9 +80,9 @@ HOST_DEVICE int64_t conv2d_input_index(int64_t p, int64_t r, int64_t stride, int
   return p * stride + r * dilation - pad;
 }
 
-// A strided input gradient falls into stride_h * stride_w phases, each a correlation of stride 1. Along one axis:
-//   dx[first + i*stride] = sum over j in [0, taps) of  w[tap + j*tap_step] * dy[base + i - j*dy_step],  0 <= i < count
-// and dy = 0 outside its extent. taps == 0: the phase is zero.
+// A strided input gradient falls into stride_h * stride_w phases, each a correlation of stride 1. On an axis:
+//   dx[first + i*stride] = sum over j in [0, taps) of  w[tap + j*tap_step] * dy[base + i - j*dy_step]
+// for 0 <= i < count, with dy = 0 outside its extent. taps == 0: the phase is zero.
 struct Conv2dPhase {
   int64_t first, count;
   int64_t tap, tap_step, taps;
@@ -87,8 +97,9 @@ HOST_DEVICE Conv2dPhase conv2d_phase(int64_t phase, int64_t in, int64_t kernel, 
     gcd = rest;
     rest = next;
   }
-  Conv2dPhase out{phase, in > phase ? (in - phase - 1) / stride + 1 : 0, 0, stride / gcd, 0, 0, dilation / gcd};
-  // Tap r meets row h where (h + pad - r*dilation) is a multiple of stride; the first such r is below stride/gcd.
+  const int64_t count = in > phase ? (in - phase - 1) / stride + 1 : 0;
+  Conv2dPhase out{phase, count, 0, stride / gcd, 0, 0, dilation / gcd};
+  // Tap r meets row h where h + pad - r*dilation is a multiple of stride. The first r is below stride/gcd.
   const int64_t last = min64(out.tap_step, kernel);
   while (out.tap < last && (phase + pad - out.tap * dilation) % stride != 0) ++out.tap;
   if (out.tap < last) {
@@ -117,9 +128,11 @@ void conv2d_weight_grad(const Conv2dParams& params, Stream stream);  // x, dy ->
 CUDA_CNN_CPU_KERNEL(conv2d_forward, Conv2dParams)
 CUDA_CNN_CPU_KERNEL(conv2d_input_grad, Conv2dParams)
 CUDA_CNN_CPU_KERNEL(conv2d_weight_grad, Conv2dParams)
+CUDA_CNN_CPU_KERNEL(conv2d_transpose, Conv2dTransposeParams)
 
 namespace cuda_cnn::cpu {
-// The algorithm that a call with these parameters takes: params.algorithm where it applies, else the first that does.
+// The algorithm that a call with these parameters takes: params.algorithm where it applies, else the first
+// that does.
 Conv2dAlgorithm conv2d_choose(Conv2dDirection direction, const Conv2dParams& params);
 const char* conv2d_algorithm_name(Conv2dAlgorithm algorithm);
 }  // namespace cuda_cnn::cpu

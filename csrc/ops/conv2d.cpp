@@ -74,6 +74,25 @@ Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayR
   return p;
 }
 
+// A contiguous CPU tensor's values in the other of NCHW and NHWC; elsewhere false, and torch copies.
+bool transpose_layout(const at::Tensor& from, const at::Tensor& to, int64_t rows, int64_t columns) {
+#if !defined(CUDA_CNN_EMULATED)
+  if (!from.is_cuda()) {
+    cpu::conv2d_transpose({dtype_of(from), from.size(0), rows, columns, data(from), mutable_data(to)});
+    return true;
+  }
+#endif
+  return false;
+}
+
+at::Tensor dense_nhwc(const at::Tensor& t) {
+  if (t.is_contiguous(at::MemoryFormat::ChannelsLast)) return t;
+  if (!t.is_contiguous()) return t.contiguous(at::MemoryFormat::ChannelsLast);
+  at::Tensor out = at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::ChannelsLast));
+  if (!transpose_layout(t, out, t.size(1), t.size(2) * t.size(3))) out.copy_(t);
+  return out;
+}
+
 // The tensor as the kernels want it: channels contiguous. A slice of channels stays where it is.
 at::Tensor to_nhwc(const at::Tensor& t, int64_t* pixel) {
   *pixel = t.size(1);
@@ -83,7 +102,7 @@ at::Tensor to_nhwc(const at::Tensor& t, int64_t* pixel) {
     *pixel = s[3];
     return t;
   }
-  return t.contiguous(at::MemoryFormat::ChannelsLast);
+  return dense_nhwc(t);
 }
 
 // What a kernel writes, NHWC in memory; with one channel, one pixel or nothing in it, contiguous is that too.
@@ -93,7 +112,12 @@ at::Tensor empty_nhwc(at::IntArrayRef size, const at::TensorOptions& options, bo
                                                                       : at::MemoryFormat::Contiguous));
 }
 
-at::Tensor in_format(const at::Tensor& nhwc, bool channels_last) { return channels_last ? nhwc : nhwc.contiguous(); }
+at::Tensor in_format(const at::Tensor& nhwc, bool channels_last) {
+  if (channels_last || nhwc.is_contiguous()) return nhwc;
+  at::Tensor out = at::empty(nhwc.sizes(), nhwc.options());
+  if (!transpose_layout(nhwc, out, nhwc.size(2) * nhwc.size(3), nhwc.size(1))) out.copy_(nhwc);
+  return out;
+}
 
 #if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
 at::Tensor attach_workspace(Conv2dDirection direction, Conv2dParams& p, const at::Tensor& any) {
@@ -121,10 +145,11 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::opti
                 weight.size(0), "], got ", bias->sizes());
   }
   Conv2dParams p = make_params(x, x.sizes(), weight.sizes(), geometry);
-  const bool channels_last = x.numel() > 0 && (is_channels_last(format_of(x)) || is_channels_last(format_of(weight)));
+  const bool channels_last =
+      x.numel() > 0 && (is_channels_last(format_of(x)) || is_channels_last(format_of(weight)));
   at::Tensor y = empty_nhwc({p.N, p.K, p.P, p.Q}, x.options(), channels_last);
   if (y.numel() == 0) return in_format(y, channels_last);
-  const at::Tensor input = to_nhwc(x, &p.x_pixel), filter = weight.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor input = to_nhwc(x, &p.x_pixel), filter = dense_nhwc(weight);
   const at::Tensor shift = bias ? bias->contiguous() : at::Tensor();
   p.x = data(input);
   p.weight = data(filter);
@@ -159,7 +184,7 @@ at::Tensor conv2d_input_grad(const at::Tensor& dy, const at::Tensor& weight, at:
   Conv2dParams p = make_params(dy, input_size, weight.sizes(), geometry);
   at::Tensor dx = empty_nhwc(input_size, dy.options(), channels_last);
   if (dx.numel() == 0) return in_format(dx, channels_last);
-  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), filter = weight.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), filter = dense_nhwc(weight);
   p.dy = data(grad);
   p.weight = data(filter);
   p.dx = mutable_data(dx);

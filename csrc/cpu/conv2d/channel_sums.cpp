@@ -1,5 +1,5 @@
 // Reductions over the pixels of an NHWC tensor: the bias gradient, and the mean and variance of an output.
-//   a task sums a block of pixels for all channels, vector by vector; the blocks' sums are added in double, in order
+//   a task sums a block of pixels for all channels, vector by vector; blocks are added in double, in order
 #include "cpu/conv2d/algorithms.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
@@ -9,9 +9,10 @@ namespace {
 constexpr int64_t kBlockPixels = 512;
 constexpr int64_t kGrain = 65536;
 
-// totals[c] = sum over pixels of f(x[c]); f maps a vector of channels from c on, `left` of them real, in place.
+// totals[c] = sum over pixels of f(x[c]); f maps a vector of channels from c on, `left` of them, in place.
 template <class T, class Fn>
-void channel_sums(const T* x, int64_t pixels, int64_t channels, int64_t pixel_step, double* totals, const Fn& f) {
+void channel_sums(const T* x, int64_t pixels, int64_t channels, int64_t pixel_step, double* totals,
+                  const Fn& f) {
   using Acc = Accumulator<T>;
   constexpr int kWidth = kLanes<Acc>;
   const int64_t blocks = ceil_div(pixels, kBlockPixels), width = ceil_div(channels, kWidth) * kWidth;
@@ -57,8 +58,7 @@ void output_statistics(const Conv2dParams& p) {
   double* totals = workspace<double>(Workspace::kD, p.K);
   Acc *mean = static_cast<Acc*>(p.mean), *variance = static_cast<Acc*>(p.variance);
   const T* y = static_cast<const T*>(p.y);
-  channel_sums(y, pixels, p.K, p.y_pixel, totals,
-               [](Vec<Acc>&, int64_t, int64_t) {});
+  channel_sums(y, pixels, p.K, p.y_pixel, totals, [](Vec<Acc>&, int64_t, int64_t) {});
   for (int64_t k = 0; k < p.K; ++k) mean[k] = static_cast<Acc>(totals[k] / pixels);
   channel_sums(y, pixels, p.K, p.y_pixel, totals,
                [&](Vec<Acc>& value, int64_t c, int64_t left) __attribute__((always_inline)) {

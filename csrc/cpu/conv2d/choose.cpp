@@ -5,8 +5,8 @@ namespace cuda_cnn::cpu {
 namespace {
 
 // Fastest first; the last one takes everything.
-constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd, Conv2dAlgorithm::kDepthwise, Conv2dAlgorithm::kGemm,
-                                      Conv2dAlgorithm::kReference};
+constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd, Conv2dAlgorithm::kDepthwise,
+                                      Conv2dAlgorithm::kGemm, Conv2dAlgorithm::kReference};
 
 bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
   switch (direction) {
@@ -40,7 +40,7 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
 // Whether it is the fastest of those from here on.
 bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection, const Conv2dParams& p) {
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;
-  // The transforms cost as much as ten or so channels' worth of products, and tiles of 4x4 must not be mostly edge.
+  // The transforms cost as much as some ten channels' products, and tiles of 4x4 must not be mostly edge.
   return p.allow_winograd && p.C / p.groups >= 16 && p.K / p.groups >= 16 && p.P >= 4 && p.Q >= 4;
 }
 

@@ -1,13 +1,13 @@
-// Depthwise convolution (a filter a channel): no sums across channels, so no matrix product. Lanes are channels.
+// Depthwise convolution (a filter a channel): no sums across channels, no matrix product. Lanes are channels.
 //   forward, input gradient: a run of neighbouring output pixels shares each tap's weights in a register
-//   weight gradient: a task sums a block of output rows for every tap and channel; the blocks are added in order
+//   weight gradient: a task sums a block of output rows for every tap and channel; blocks are added in order
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/gemm.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int kRun = 8;  // output pixels at a time: 8 sums hide the multiply-adder's latency
+constexpr int kRun = 8;            // output pixels at a time: 8 sums hide the multiply-adder's latency
 constexpr int64_t kGrain = 65536;  // multiply-adds worth a thread
 constexpr int64_t kRowTasks = 32;
 
@@ -17,7 +17,8 @@ CUDA_CNN_INLINE Vec<Accumulator<T>> load_upto(const T* p, int64_t left) {
 }
 
 // The range of taps whose input lies inside [0, extent), for an output that starts to read at `start`.
-CUDA_CNN_INLINE void clip(int64_t start, int64_t step, int64_t extent, int64_t taps, int64_t* begin, int64_t* end) {
+CUDA_CNN_INLINE void clip(int64_t start, int64_t step, int64_t extent, int64_t taps, int64_t* begin,
+                          int64_t* end) {
   *begin = start < 0 ? min64(ceil_div(-start, step), taps) : 0;
   *end = start >= extent ? *begin : max64(*begin, min64(taps, (extent - 1 - start) / step + 1));
 }
@@ -28,8 +29,8 @@ struct Taps {
 
 // kCount neighbouring outputs of one row, all channels; source and out point at the first one's.
 template <class T, int kCount>
-void run_of_outputs(const Gather<T>& g, const Scatter<T>& to, const Accumulator<T>* weights, int64_t width, int64_t C,
-                    const Taps& taps, const T* source, int64_t out_pixel) {
+void run_of_outputs(const Gather<T>& g, const Scatter<T>& to, const Accumulator<T>* weights, int64_t width,
+                    int64_t C, const Taps& taps, const T* source, int64_t out_pixel) {
   using Acc = Accumulator<T>;
   for (int64_t c = 0; c < C; c += kLanes<T>) {
     const int64_t left = C - c;
@@ -39,7 +40,8 @@ void run_of_outputs(const Gather<T>& g, const Scatter<T>& to, const Accumulator<
         const Vec<Acc> weight = load(weights + (r * g.S + s) * width + c);
         const T* x = source + (r * g.tap_h * g.W + s * g.tap_w) * g.pixel + c;
 #pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i) sums[i] = fma(weight, load_upto(x + i * g.stride_w * g.pixel, left), sums[i]);
+        for (int i = 0; i < kCount; ++i)
+          sums[i] = fma(weight, load_upto(x + i * g.stride_w * g.pixel, left), sums[i]);
       }
     }
 #pragma GCC unroll 8
@@ -60,8 +62,8 @@ void run_of_outputs(const Gather<T>& g, const Scatter<T>& to, const Accumulator<
 
 // out[position][c] = sum over taps of weights[tap][c] * source[position, tap][c]
 template <class T>
-void correlate_depthwise(const Gather<T>& g, const Scatter<T>& to, const Accumulator<T>* weights, int64_t width,
-                         int64_t N, int64_t C) {
+void correlate_depthwise(const Gather<T>& g, const Scatter<T>& to, const Accumulator<T>* weights,
+                         int64_t width, int64_t N, int64_t C) {
   parallel_for(N * g.P, ceil_div(kGrain, g.Q * (g.R * g.S + 1) * C), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t n = row / g.P, p = row % g.P, h0 = g.base_h + p * g.stride_h;
@@ -69,7 +71,8 @@ void correlate_depthwise(const Gather<T>& g, const Scatter<T>& to, const Accumul
       clip(h0, g.tap_h, g.H, g.R, &taps.r_begin, &taps.r_end);
       const int64_t out_row = (n * to.H + to.first_h + p * to.step_h) * to.W + to.first_w;
       for (int64_t q = 0; q < g.Q;) {
-        const int64_t w0 = g.base_w + q * g.stride_w, last = w0 + (kRun - 1) * g.stride_w + (g.S - 1) * g.tap_w;
+        const int64_t w0 = g.base_w + q * g.stride_w,
+                      last = w0 + (kRun - 1) * g.stride_w + (g.S - 1) * g.tap_w;
         const T* source = g.source + ((n * g.H + h0) * g.W + w0) * g.pixel;
         if (w0 >= 0 && last < g.W && q + kRun <= g.Q) {
           taps.s_begin = 0, taps.s_end = g.S;
@@ -100,8 +103,21 @@ void pack_filters(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase
 
 template <class T>
 Gather<T> forward_gather(const Conv2dParams& p) {
-  return {static_cast<const T*>(p.x), p.H, p.W, p.x_pixel, p.P, p.Q, p.stride_h, p.stride_w, -p.pad_h, -p.pad_w,
-          p.R, p.S, p.dilation_h, p.dilation_w, p.C};
+  return {static_cast<const T*>(p.x),
+          p.H,
+          p.W,
+          p.x_pixel,
+          p.P,
+          p.Q,
+          p.stride_h,
+          p.stride_w,
+          -p.pad_h,
+          -p.pad_w,
+          p.R,
+          p.S,
+          p.dilation_h,
+          p.dilation_w,
+          p.C};
 }
 
 }  // namespace
@@ -113,7 +129,8 @@ void forward_depthwise(const Conv2dParams& p) {
   Acc* weights = workspace<Acc>(Workspace::kShared, p.R * p.S * width);
   const T* weight = static_cast<const T*>(p.weight);
   for (int64_t tap = 0; tap < p.R * p.S; ++tap) {
-    for (int64_t c = 0; c < width; ++c) weights[tap * width + c] = c < p.C ? widen(weight[c * p.R * p.S + tap]) : 0;
+    for (int64_t c = 0; c < width; ++c)
+      weights[tap * width + c] = c < p.C ? widen(weight[c * p.R * p.S + tap]) : 0;
   }
   Scatter<T> to{static_cast<T*>(p.y), p.P, p.Q, p.y_pixel};
   to.bias = static_cast<const T*>(p.bias);
@@ -133,10 +150,23 @@ void input_grad_depthwise(const Conv2dParams& p) {
     for (int64_t b = 0; b < min64(p.stride_w, p.W); ++b) {
       const Conv2dPhase w = conv2d_phase(b, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
       pack_filters<T>(p, h, w, width, weights);
-      const Gather<T> gather{static_cast<const T*>(p.dy), p.P, p.Q, p.y_pixel, h.count, w.count, 1, 1,
-                             h.base - (h.taps - 1) * h.dy_step, w.base - (w.taps - 1) * w.dy_step,
-                             h.taps, w.taps, h.dy_step, w.dy_step, p.C};
-      const Scatter<T> to{static_cast<T*>(p.dx), p.H, p.W, p.x_pixel, h.first, w.first, p.stride_h, p.stride_w};
+      const Gather<T> gather{static_cast<const T*>(p.dy),
+                             p.P,
+                             p.Q,
+                             p.y_pixel,
+                             h.count,
+                             w.count,
+                             1,
+                             1,
+                             h.base - (h.taps - 1) * h.dy_step,
+                             w.base - (w.taps - 1) * w.dy_step,
+                             h.taps,
+                             w.taps,
+                             h.dy_step,
+                             w.dy_step,
+                             p.C};
+      const Scatter<T> to{
+          static_cast<T*>(p.dx), p.H, p.W, p.x_pixel, h.first, w.first, p.stride_h, p.stride_w};
       correlate_depthwise(gather, to, weights, width, p.N, p.C);
     }
   }

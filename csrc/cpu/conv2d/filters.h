@@ -6,14 +6,15 @@
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
-// Forward: a column an output channel, depth (r, s, input channel). Input gradient: a column an input channel, depth
-// (tap, tap, output channel) over the taps of a phase, backwards, so that they step forwards in dy.
+// Forward: a column an output channel, depth (r, s, input channel). Input gradient: a column an input
+// channel, depth (tap, tap, output channel) over the taps of a phase, backwards, so that they step forwards
+// in dy.
 template <class T>
 struct Filters {
-  const T* weight;             // [K][R][S][channels]
+  const T* weight;  // [K][R][S][channels]
   int64_t R, S;
-  int64_t channels, outputs;   // of a group
-  bool transposed;             // for the input gradient, with the taps of
+  int64_t channels, outputs;  // of a group
+  bool transposed;            // for the input gradient, with the taps of
   Conv2dPhase h, w;
 
   int64_t columns() const { return transposed ? channels : outputs; }

@@ -4,7 +4,8 @@
 //       pack the positions' rows                      A: kBlockRows * kBlockDepth, stays in L2
 //       for a panel, for a tile of rows               B: kBlockDepth * 32 columns, from L2
 //         out += rows * panel                         in registers
-// Every element's sum has one order, whatever the tasks: blocks of depth from 0 upwards, each summed in turn.
+// Every element's sum has one order, whatever the tasks: blocks of depth from 0 upwards, each in chains of
+// kChain.
 #include "cpu/conv2d/gemm.h"
 
 #include "cpu/parallel.h"
@@ -20,6 +21,8 @@ namespace {
 
 // A: 168 * 384 * 4 bytes = 252 KiB, a quarter of the L2 of the machines of today; B's block 48 KiB.
 constexpr int64_t kBlockDepth = 384;
+// Products summed in registers before they join the rest: the error grows with the root of this.
+constexpr int64_t kChain = 128;
 constexpr int64_t kBlockTiles = 168 / kTileRows;
 // Below so many multiply-adds a thread is not worth waking.
 constexpr int64_t kWorthAThread = 100000;
@@ -72,7 +75,8 @@ void finish(const Task<T>& t, int64_t position, int64_t rows, int64_t channel, i
   for (int64_t i = 0; i < rows; ++i, c += kTileColumns<Acc>) {
     int64_t pixel = position + i;
     if (!t.linear) {
-      const int64_t q = pixel % t.gather.Q, p = pixel / t.gather.Q % t.gather.P, n = pixel / (t.gather.Q * t.gather.P);
+      const int64_t q = pixel % t.gather.Q, p = pixel / t.gather.Q % t.gather.P,
+                    n = pixel / (t.gather.Q * t.gather.P);
       pixel = (n * to.H + to.first_h + p * to.step_h) * to.W + to.first_w + q * to.step_w;
     }
     T* out = to.out + pixel * to.pixel + channel;
@@ -123,7 +127,15 @@ void run_task(const Task<T>& t) {
       }
       for (int64_t i = 0; i < t.count; i += kTileRows, out.c += kTileRows * out.step) {
         const int64_t rows = min64(t.count - i, kTileRows);
-        find_tile<Acc>(TileOperand::kDepthContiguous, rows, columns)(a + i * step, step, b, end - begin, out);
+        const Tile<Acc> tile = find_tile<Acc>(TileOperand::kDepthContiguous, rows, columns);
+        TileOutput<Acc> chain = out;
+        for (int64_t d = begin; d < end; d += kChain) {
+          const bool ends = d + kChain >= end;
+          chain.accumulate = d > 0;
+          chain.bias = ends ? out.bias : nullptr;
+          chain.relu = ends && out.relu;
+          tile(a + i * step + d - begin, step, b + (d - begin) * kColumns, min64(kChain, end - d), chain);
+        }
         if (last && !direct) finish(t, t.position + i, rows, channel, columns, out.c);
       }
     }
@@ -153,8 +165,10 @@ void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumul
   constexpr int64_t kColumns = kTileColumns<Accumulator<T>>;
   const int64_t positions = N * gather.P * gather.Q, depth = gather.depth();
   const int64_t group_panels = ceil_div(columns, kColumns);
-  const bool linear = scatter.step_h == 1 && scatter.step_w == 1 && gather.P == scatter.H && gather.Q == scatter.W;
-  const GemmTasks cut = cut_tasks(positions, group_panels, groups, positions * depth * columns * groups < 2 * kWorthAThread);
+  const bool linear =
+      scatter.step_h == 1 && scatter.step_w == 1 && gather.P == scatter.H && gather.Q == scatter.W;
+  const GemmTasks cut =
+      cut_tasks(positions, group_panels, groups, positions * depth * columns * groups < 2 * kWorthAThread);
 
   parallel_for(cut.blocks * groups * cut.channel_parts, 1, [&](int64_t task_begin, int64_t task_end) {
     for (int64_t task = task_begin; task < task_end; ++task) {
@@ -167,16 +181,19 @@ void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumul
         of_group.scale += group * gather.channels;
         of_group.shift += group * gather.channels;
       }
-      run_task(Task<T>{of_group, scatter, panels + group * group_panels * depth * kColumns, group * columns, columns,
-                       position, min64(positions - position, cut.tiles_a_block * kTileRows),
-                       group_panels * part / cut.channel_parts, group_panels * (part + 1) / cut.channel_parts, linear});
+      run_task(Task<T>{of_group, scatter, panels + group * group_panels * depth * kColumns, group * columns,
+                       columns, position, min64(positions - position, cut.tiles_a_block * kTileRows),
+                       group_panels * part / cut.channel_parts, group_panels * (part + 1) / cut.channel_parts,
+                       linear});
     }
   });
 }
 
 template void correlate(const Gather<float>&, const Scatter<float>&, const float*, int64_t, int64_t, int64_t);
-template void correlate(const Gather<double>&, const Scatter<double>&, const double*, int64_t, int64_t, int64_t);
-template void correlate(const Gather<BFloat16>&, const Scatter<BFloat16>&, const float*, int64_t, int64_t, int64_t);
+template void correlate(const Gather<double>&, const Scatter<double>&, const double*, int64_t, int64_t,
+                        int64_t);
+template void correlate(const Gather<BFloat16>&, const Scatter<BFloat16>&, const float*, int64_t, int64_t,
+                        int64_t);
 template void correlate(const Gather<Half>&, const Scatter<Half>&, const float*, int64_t, int64_t, int64_t);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -4,11 +4,13 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-// A filter as large as its image (LeNet-5's C5, a classifier as a convolution) is a 1x1 filter on R*S*C channels.
+// A filter as large as its image (LeNet-5's C5, a classifier as a convolution) is a 1x1 one on R*S*C
+// channels.
 Conv2dParams flattened(const Conv2dParams& params) {
   Conv2dParams p = params;
   const bool covers = p.P == 1 && p.Q == 1 && p.R == p.H && p.S == p.W && p.pad_h == 0 && p.pad_w == 0 &&
-                      p.dilation_h == 1 && p.dilation_w == 1 && p.groups == 1 && p.x_pixel == p.C && !p.in_scale;
+                      p.dilation_h == 1 && p.dilation_w == 1 && p.groups == 1 && p.x_pixel == p.C &&
+                      !p.in_scale;
   if (!covers) return p;
   p.C = p.x_pixel = p.R * p.S * p.C;
   p.H = p.W = p.R = p.S = 1;

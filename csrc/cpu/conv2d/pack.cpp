@@ -37,8 +37,8 @@ void map_channels(const Gather<T>& gather, int64_t channel, int64_t count, Accum
 }  // namespace
 
 template <class T>
-void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t depth_begin, int64_t depth_end,
-                    Accumulator<T>* out, int64_t step) {
+void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t depth_begin,
+                    int64_t depth_end, Accumulator<T>* out, int64_t step) {
   const int64_t first_tap = depth_begin / g.channels, first_channel = depth_begin % g.channels;
   const int64_t depth = depth_end - depth_begin, row_depth = g.S * g.channels;
   const bool mapped = g.scale || g.relu;
@@ -82,7 +82,8 @@ void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t
 }
 
 template <class T>
-void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Accumulator<T>* panel) {
+void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth,
+                           Accumulator<T>* panel) {
   using Acc = Accumulator<T>;
   constexpr int kWidth = kLanes<Acc>;
   for (int64_t d = 0; d < depth; d += kWidth) {
@@ -114,7 +115,8 @@ void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Ac
 }
 
 template <class T>
-void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64_t depth, T* rows, int64_t pitch) {
+void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64_t depth, T* rows,
+                             int64_t pitch) {
   using Acc = Accumulator<T>;
   constexpr int kWidth = kLanes<Acc>;
   for (int64_t d = 0; d < depth; d += kWidth) {
@@ -137,10 +139,11 @@ void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64
   }
 }
 
-#define INSTANTIATE(T)                                                                                      \
-  template void pack_positions(const Gather<T>&, int64_t, int64_t, int64_t, int64_t, Accumulator<T>*, int64_t); \
-  template void pack_panel_transposed(const T*, int64_t, int64_t, int64_t, Accumulator<T>*);                \
-  template void pack_panel(const T*, int64_t, int64_t, int64_t, Accumulator<T>*);                           \
+#define INSTANTIATE(T)                                                                                \
+  template void pack_positions(const Gather<T>&, int64_t, int64_t, int64_t, int64_t, Accumulator<T>*, \
+                               int64_t);                                                              \
+  template void pack_panel_transposed(const T*, int64_t, int64_t, int64_t, Accumulator<T>*);          \
+  template void pack_panel(const T*, int64_t, int64_t, int64_t, Accumulator<T>*);                     \
   template void unpack_panel_transposed(const Accumulator<T>*, int64_t, int64_t, T*, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

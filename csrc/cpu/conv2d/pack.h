@@ -6,8 +6,8 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
 // Which elements of an NHWC source an output position reads: tap (r, s) of position (n, p, q) reads pixel
-// (n, base_h + p*stride_h + r*tap_h, base_w + q*stride_w + s*tap_w), all `channels` of it; 0 outside the image.
-// The matrix of a convolution has a row a position and a column a (r, s, channel): its "depth".
+// (n, base_h + p*stride_h + r*tap_h, base_w + q*stride_w + s*tap_w), all `channels` of it; 0 outside the
+// image. The matrix of a convolution has a row a position and a column a (r, s, channel): its "depth".
 template <class T>
 struct Gather {
   const T* source;  // the group's first channel
@@ -23,15 +23,17 @@ struct Gather {
   int64_t depth() const { return R * S * channels; }
 };
 
-// Rows [position, position + count) and columns [depth_begin, depth_end) of the matrix, `step` elements apart;
-// step has room for a vector behind the columns.
+// Rows [position, position + count) and columns [depth_begin, depth_end) of the matrix, `step` elements
+// apart; step has room for a vector behind the columns.
 template <class T>
 void pack_positions(const Gather<T>& gather, int64_t position, int64_t count, int64_t depth_begin,
                     int64_t depth_end, Accumulator<T>* out, int64_t step);
 
-// A panel [depth][kTileColumns] of a matrix with rows[column][depth]: its columns are rows of memory, `pitch` apart.
+// A panel [depth][kTileColumns] of a matrix with rows[column][depth]: its columns are rows of memory, `pitch`
+// apart.
 template <class T>
-void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Accumulator<T>* panel);
+void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth,
+                           Accumulator<T>* panel);
 
 // A panel of a matrix [depth][columns] with rows `pitch` apart.
 template <class T>
@@ -39,6 +41,7 @@ void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Ac
 
 // The inverse of pack_panel_transposed, narrowing: rows[column][depth] of a panel.
 template <class T>
-void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64_t depth, T* rows, int64_t pitch);
+void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64_t depth, T* rows,
+                             int64_t pitch);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -1,5 +1,5 @@
-// Forward and input gradient as correlations of the image with packed filters: by matrix products (gemm.cpp) or by
-// Winograd's algorithm (winograd.cpp).
+// Forward and input gradient as correlations of the image with packed filters: by matrix products (gemm.cpp)
+// or by Winograd's algorithm (winograd.cpp).
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/filters.h"
 #include "cpu/conv2d/gemm.h"
@@ -35,8 +35,21 @@ Filters<T> make_filters(const Conv2dParams& p) {
 template <class T>
 Gather<T> forward_gather(const Conv2dParams& p) {
   using Acc = Accumulator<T>;
-  Gather<T> gather{static_cast<const T*>(p.x), p.H, p.W, p.x_pixel, p.P, p.Q, p.stride_h, p.stride_w, -p.pad_h,
-                   -p.pad_w, p.R, p.S, p.dilation_h, p.dilation_w, p.C / p.groups};
+  Gather<T> gather{static_cast<const T*>(p.x),
+                   p.H,
+                   p.W,
+                   p.x_pixel,
+                   p.P,
+                   p.Q,
+                   p.stride_h,
+                   p.stride_w,
+                   -p.pad_h,
+                   -p.pad_w,
+                   p.R,
+                   p.S,
+                   p.dilation_h,
+                   p.dilation_w,
+                   p.C / p.groups};
   gather.scale = static_cast<const Acc*>(p.in_scale);
   gather.shift = static_cast<const Acc*>(p.in_shift);
   gather.relu = p.in_relu;
@@ -56,9 +69,21 @@ Scatter<T> forward_scatter(const Conv2dParams& p) {
 // The input gradient's phase (h, w): a correlation of stride 1 over dy.
 template <class T>
 Gather<T> phase_gather(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& w) {
-  return {static_cast<const T*>(p.dy), p.P, p.Q, p.y_pixel, h.count, w.count, 1, 1,
-          h.base - (h.taps - 1) * h.dy_step, w.base - (w.taps - 1) * w.dy_step,
-          h.taps, w.taps, h.dy_step, w.dy_step, p.K / p.groups};
+  return {static_cast<const T*>(p.dy),
+          p.P,
+          p.Q,
+          p.y_pixel,
+          h.count,
+          w.count,
+          1,
+          1,
+          h.base - (h.taps - 1) * h.dy_step,
+          w.base - (w.taps - 1) * w.dy_step,
+          h.taps,
+          w.taps,
+          h.dy_step,
+          w.dy_step,
+          p.K / p.groups};
 }
 
 template <class T>
@@ -88,7 +113,8 @@ void forward_gemm(const Conv2dParams& p) {
 }
 
 void forward_winograd(const Conv2dParams& p) {
-  correlate_winograd(forward_gather<float>(p), forward_scatter<float>(p), make_filters<float>(p), p.N, p.groups);
+  correlate_winograd(forward_gather<float>(p), forward_scatter<float>(p), make_filters<float>(p), p.N,
+                     p.groups);
 }
 
 template <class T>
@@ -109,7 +135,8 @@ void input_grad_gemm(const Conv2dParams& p) {
 }
 
 void input_grad_winograd(const Conv2dParams& p) {
-  const Conv2dPhase h = conv2d_phase(0, p.H, p.R, 1, p.pad_h, 1), w = conv2d_phase(0, p.W, p.S, 1, p.pad_w, 1);
+  const Conv2dPhase h = conv2d_phase(0, p.H, p.R, 1, p.pad_h, 1),
+                    w = conv2d_phase(0, p.W, p.S, 1, p.pad_w, 1);
   Filters<float> filters = make_filters<float>(p);
   filters.transposed = true, filters.h = h, filters.w = w;
   correlate_winograd(phase_gather<float>(p, h, w), phase_scatter<float>(p, h, w), filters, p.N, p.groups);

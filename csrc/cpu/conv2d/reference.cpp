@@ -1,5 +1,5 @@
-// The formulas of kernels/conv2d.h, one loop an index: the first rung of the ladder, and what runs on shapes with an
-// empty sum.
+// The formulas of kernels/conv2d.h, one loop an index: the first rung of the ladder, and what runs on shapes
+// with an empty sum.
 #include "cpu/conv2d/algorithms.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
@@ -11,7 +11,8 @@ CUDA_CNN_INLINE Accumulator<T> input(const Conv2dParams& p, int64_t n, int64_t h
   if (h < 0 || h >= p.H || w < 0 || w >= p.W) return 0;
   const Acc x = widen(static_cast<const T*>(p.x)[((n * p.H + h) * p.W + w) * p.x_pixel + c]);
   if (p.in_scale) {
-    return conv2d_prologue(x, static_cast<const Acc*>(p.in_scale)[c], static_cast<const Acc*>(p.in_shift)[c], p.in_relu);
+    return conv2d_prologue(x, static_cast<const Acc*>(p.in_scale)[c], static_cast<const Acc*>(p.in_shift)[c],
+                           p.in_relu);
   }
   return p.in_relu && x < 0 ? Acc(0) : x;
 }

@@ -1,6 +1,6 @@
 // Register tiles. A step of depth takes two loads of B, one broadcast of A a row and two multiply-adds a row:
-// 28 (AVX-512) or 12 (AVX2, SSE2) independent sums hide the multiply-adder's latency, and loads stay at half the
-// multiply-adds. The addresses are written so that the loop needs few registers: see depth_contiguous.
+// 28 (AVX-512) or 12 (AVX2, SSE2) independent sums hide the multiply-adder's latency, and loads stay at half
+// the multiply-adds. The addresses are written so that the loop needs few registers: see depth_contiguous.
 #include "cpu/conv2d/tile.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
@@ -53,13 +53,15 @@ void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth,
 #pragma GCC unroll 4
     for (int d = 0; d < kUnroll; ++d) {
       opaque(b);
-      multiply_add<Acc>(sums, b + d * kTileColumns<Acc>,
-                        [&](int i) __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_step + d]; });
+      multiply_add<Acc>(sums, b + d * kTileColumns<Acc>, [&](int i) __attribute__((always_inline)) {
+        return rows[i / 3][i % 3 * a_step + d];
+      });
     }
     advance(kUnroll);
   }
   for (; depth > 0; --depth) {
-    multiply_add<Acc>(sums, b, [&](int i) __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_step]; });
+    multiply_add<Acc>(sums, b,
+                      [&](int i) __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_step]; });
     advance(1);
   }
   store_tile<Acc, kRows, kVectors>(sums, out);

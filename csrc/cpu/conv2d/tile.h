@@ -1,4 +1,5 @@
-// The register tile that every dense convolution here is made of: C[rows][columns] += A[rows][depth] * B[depth][columns].
+// The register tile that every dense convolution here is made of:
+//   C[rows][columns] += A[rows][depth] * B[depth][columns]
 #pragma once
 
 #include "cpu/vec.h"

@@ -1,10 +1,11 @@
-// Weight gradient as a matrix product whose depth are the pixels: dw[(r,s,c)][k] = sum over pixels of x^T * dy.
+// Weight gradient as a matrix product whose depth are the pixels: dw[(r,s,c)][k] = sum over pixels of x * dy.
 //   for a range of (r,s,c), a part of k's panels, and a chunk of the pixels where those are too few (a task)
 //     for a block of pixels
 //       pack x's rows [pixel][(r,s,c)], as forward does, and dy's panels [pixel][32 k]
 //       for a panel of dy, for a tile of (r,s,c): sums += tile
-// Each task owns its sums. Those of the chunks are added in their order. The cuts depend on the shape alone, so the
-// result does not know how many threads there were; a block's sums start at 0, so that chains stay short.
+// Each task owns its sums. Those of the chunks are added in their order. The cuts depend on the shape alone,
+// so the result does not know how many threads there were; a block's sums start at 0, so that chains stay
+// short.
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/pack.h"
 
@@ -18,8 +19,8 @@ struct WeightGradCut {
 
 namespace {
 
-constexpr int64_t kBlockPixels = 128;   // a panel of dy: 16 KiB, half of L1
-constexpr int64_t kRangeDepth = 448;    // x's block: 128 * 448 * 4 bytes = 224 KiB, a quarter of L2
+constexpr int64_t kBlockPixels = 128;  // a panel of dy: 16 KiB, half of L1
+constexpr int64_t kRangeDepth = 448;   // x's block: 128 * 448 * 4 bytes = 224 KiB, a quarter of L2
 constexpr int64_t kTasks = 8;
 constexpr int64_t kWorthATask = 200000;  // multiply-adds
 
@@ -31,7 +32,7 @@ WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int
   if (cut.ranges > 1) cut.ranges = ceil_div(cut.ranges, 4) * 4;  // even loads for 2 and 4 threads
   cut.range = ceil_div(ceil_div(depth, cut.ranges), kTileRows) * kTileRows;
   cut.ranges = ceil_div(depth, cut.range);
-  // Another part packs x again (pixels * depth), another chunk writes, reads and adds its own sums (depth * k).
+  // Another part packs x again: pixels * depth. Another chunk writes, reads and adds its sums: depth * k.
   const int64_t most_parts = max64(1, panels / 2), most_chunks = max64(1, pixels / (2 * kBlockPixels));
   const int64_t wanted = ceil_div(tasks, cut.ranges * groups);
   if (pixels < 3 * 32 * panels) {
@@ -56,8 +57,8 @@ struct WeightGradTask {
   T* dweight;            // of the group, where this task sums all pixels; or null
 };
 
-// Whether x itself is the matrix of a block: rows a fixed step apart, nothing to convert. With rows of 2 KiB or more
-// too many of a block would share a cache set.
+// Whether x itself is the matrix of a block: rows a fixed step apart, nothing to convert. With rows of 2 KiB
+// or more too many of a block would share a cache set.
 template <class T>
 bool is_its_own_matrix(const Gather<T>& g) {
   return sizeof(T) == sizeof(Accumulator<T>) && g.R * g.S == 1 && g.stride_h == 1 && g.stride_w == 1 &&
@@ -117,14 +118,28 @@ void weight_grad_gemm(const Conv2dParams& p) {
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
   const int64_t channels = p.C / p.groups, outputs = p.K / p.groups, pixels = p.N * p.P * p.Q;
-  Gather<T> gather{static_cast<const T*>(p.x), p.H, p.W, p.x_pixel, p.P, p.Q, p.stride_h, p.stride_w, -p.pad_h,
-                   -p.pad_w, p.R, p.S, p.dilation_h, p.dilation_w, channels};
+  Gather<T> gather{static_cast<const T*>(p.x),
+                   p.H,
+                   p.W,
+                   p.x_pixel,
+                   p.P,
+                   p.Q,
+                   p.stride_h,
+                   p.stride_w,
+                   -p.pad_h,
+                   -p.pad_w,
+                   p.R,
+                   p.S,
+                   p.dilation_h,
+                   p.dilation_w,
+                   channels};
   gather.scale = static_cast<const Acc*>(p.in_scale);
   gather.shift = static_cast<const Acc*>(p.in_shift);
   gather.relu = p.in_relu;
   const T* dy = static_cast<const T*>(p.dy);
   const int64_t depth = gather.depth(), panels = ceil_div(outputs, kColumns);
-  const int64_t panel_size = depth * kColumns, group_size = panels * panel_size, chunk_size = p.groups * group_size;
+  const int64_t panel_size = depth * kColumns, group_size = panels * panel_size,
+                chunk_size = p.groups * group_size;
   const WeightGradCut cut = cut_weight_grad(pixels, depth, panels, p.groups);
   Acc* sums = workspace<Acc>(Workspace::kShared, pixels <= kBlockPixels ? 0 : cut.chunks * chunk_size);
 
@@ -148,14 +163,15 @@ void weight_grad_gemm(const Conv2dParams& p) {
     }
   });
   if (cut.chunks == 1) return;
-  parallel_for(p.groups * panels, ceil_div(kBlockPixels * kRangeDepth, panel_size), [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      add_chunks(sums, cut.chunks, chunk_size, panel * panel_size, (panel + 1) * panel_size);
-      const int64_t k = panel % panels * kColumns, group = panel / panels;
-      unpack_panel_transposed(sums + panel * panel_size, outputs - k, depth,
-                              static_cast<T*>(p.dweight) + (group * outputs + k) * depth, depth);
-    }
-  });
+  parallel_for(p.groups * panels, ceil_div(kBlockPixels * kRangeDepth, panel_size),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t panel = begin; panel < end; ++panel) {
+                   add_chunks(sums, cut.chunks, chunk_size, panel * panel_size, (panel + 1) * panel_size);
+                   const int64_t k = panel % panels * kColumns, group = panel / panels;
+                   unpack_panel_transposed(sums + panel * panel_size, outputs - k, depth,
+                                           static_cast<T*>(p.dweight) + (group * outputs + k) * depth, depth);
+                 }
+               });
 }
 
 template void weight_grad_gemm<float>(const Conv2dParams&);

@@ -1,10 +1,11 @@
 // Winograd's F(4x4,3x3), forward and input gradient: 36 products for 16 outputs where a direct sum takes 144.
-//   a block of tiles is transformed (V), 36 small matrix products with the transformed filters (U) give M, and the
-//   inverse transform adds bias and residual, rectifies and stores. V and M stay in L2 or near it: the transformed
-//   activations never exist as a whole.
+//   a block of tiles is transformed (V), 36 small matrix products with the transformed filters (U) give M,
+//   and the inverse transform adds bias and residual, rectifies and stores. V and M stay in L2 or near it:
+//   the transformed activations never exist as a whole.
 // Two schedules:
 //   tiles over threads, all filters transformed up front: few channels, many tiles; a thread's V and M fit L2
-//   filters over threads, V shared: many channels; a panel's U is made just before its use, and used for many tiles
+//   filters over threads, V shared: many channels; a panel's U is made just before its use, and used for many
+//   tiles
 #include "cpu/conv2d/winograd.h"
 
 #include "cpu/parallel.h"
@@ -22,14 +23,16 @@ constexpr int64_t kPad = 16;  // keeps the 36 streams of a transform off one ano
 CUDA_CNN_INLINE int64_t u_step(int64_t channels) { return channels * kColumns + kPad; }
 CUDA_CNN_INLINE int64_t v_tile_step(int64_t channels) { return ceil_div(channels, kLane) * kLane + kPad; }
 
-void transform_filters(const Filters<float>& filters, int64_t group, int64_t column, int64_t channels, float* u) {
+void transform_filters(const Filters<float>& filters, int64_t group, int64_t column, int64_t channels,
+                       float* u) {
   float* panel = workspace<float>(Workspace::kC, filters.depth() * kColumns);
   pack_filters(filters, group, column, panel);
   for (int64_t c = 0; c < channels; ++c) {
     for (int j = 0; j < kTileVectors; ++j) {
       V taps[3][3], points[6][6];
       for (int r = 0; r < 3; ++r) {
-        for (int s = 0; s < 3; ++s) taps[r][s] = load(panel + ((r * 3 + s) * channels + c) * kColumns + j * kLane);
+        for (int s = 0; s < 3; ++s)
+          taps[r][s] = load(panel + ((r * 3 + s) * channels + c) * kColumns + j * kLane);
       }
       winograd::both_sides(winograd::filter, points, taps);
       float* to = u + c * kColumns + j * kLane;
@@ -43,8 +46,8 @@ void transform_filters(const Filters<float>& filters, int64_t group, int64_t col
 }
 
 // One vector of channels of one tile: m[point * point_step] to its outputs.
-void transform_outputs(const Gather<float>& g, const Scatter<float>& to, const WinogradTile& tile, const float* m,
-                       int64_t point_step, int64_t channel, int64_t left) {
+void transform_outputs(const Gather<float>& g, const Scatter<float>& to, const WinogradTile& tile,
+                       const float* m, int64_t point_step, int64_t channel, int64_t left) {
   V products[6][6], y[4][4];
 #pragma GCC unroll 6
   for (int i = 0; i < 6; ++i) {
@@ -78,9 +81,10 @@ void transform_outputs(const Gather<float>& g, const Scatter<float>& to, const W
 }
 
 // The products of one panel with the tiles [begin, end), whose V starts at v, and their outputs.
-void multiply_panel(const Gather<float>& g, const Scatter<float>& to, int64_t columns, int64_t channel, const float* u,
-                    const float* v, int64_t v_point_step, int64_t begin, int64_t end) {
-  const int64_t tiles = end - begin, point_step = tiles * kColumns + kPad, tile_step = v_tile_step(g.channels);
+void multiply_panel(const Gather<float>& g, const Scatter<float>& to, int64_t columns, int64_t channel,
+                    const float* u, const float* v, int64_t v_point_step, int64_t begin, int64_t end) {
+  const int64_t tiles = end - begin, point_step = tiles * kColumns + kPad,
+                tile_step = v_tile_step(g.channels);
   float* m = workspace<float>(Workspace::kB, kWinogradPoints * point_step);
   for (int point = 0; point < kWinogradPoints; ++point) {
     for (int64_t t = 0; t < tiles; t += kTileRows) {
@@ -106,9 +110,10 @@ struct Problem {
   int64_t columns() const { return filters.columns(); }
   int64_t panels() const { return ceil_div(columns(), kColumns); }
   int64_t u_size() const { return kWinogradPoints * u_step(gather.channels); }
-  void multiply(int64_t panel, const float* u, const float* v, int64_t v_step, int64_t begin, int64_t end) const {
-    multiply_panel(gather, scatter, columns() - panel * kColumns, group * columns() + panel * kColumns, u, v, v_step,
-                   begin, end);
+  void multiply(int64_t panel, const float* u, const float* v, int64_t v_step, int64_t begin,
+                int64_t end) const {
+    multiply_panel(gather, scatter, columns() - panel * kColumns, group * columns() + panel * kColumns, u, v,
+                   v_step, begin, end);
   }
 };
 
@@ -133,7 +138,8 @@ void tiles_over_threads(const Problem& p, int64_t block) {
 }
 
 void filters_over_threads(const Problem& p, int64_t block) {
-  const int64_t channels = p.gather.channels, tile_step = v_tile_step(channels), v_step = block * tile_step + kPad;
+  const int64_t channels = p.gather.channels, tile_step = v_tile_step(channels),
+                v_step = block * tile_step + kPad;
   float* v = workspace<float>(Workspace::kShared, kWinogradPoints * v_step);
   for (int64_t begin = 0; begin < p.tiles; begin += block) {
     const int64_t end = min64(begin + block, p.tiles);
@@ -191,8 +197,8 @@ void winograd_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* 
   }
 }
 
-void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter, const Filters<float>& filters,
-                        int64_t N, int64_t groups) {
+void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter,
+                        const Filters<float>& filters, int64_t N, int64_t groups) {
   for (int64_t group = 0; group < groups; ++group) {
     Problem p{gather, scatter, filters, group, winograd_tiles(N, gather.P, gather.Q)};
     p.gather.source += group * gather.channels;

@@ -8,8 +8,8 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
 // As correlate() of gemm.h; taps are neighbours, and the outputs fill their image.
-void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter, const Filters<float>& filters,
-                        int64_t N, int64_t groups);
+void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter,
+                        const Filters<float>& filters, int64_t N, int64_t groups);
 
 // The 6x6 inputs of tiles [begin, end), each of 4x4 outputs, at the points:
 // out[point * point_step + (tile - begin) * tile_step + channel], zero up to a whole vector.

@@ -1,6 +1,7 @@
-// Weight gradient by Winograd's F(4,3), transposed: at each of the 36 points, dU = sum over tiles of V^T * M, with V
-// the transformed inputs as in winograd.cpp and M the transformed 4x4 output gradients; then the 36 points of dU give
-// the 9 taps. Blocks of tiles follow one another, and points and panels go over the threads: every sum has one order.
+// Weight gradient by Winograd's F(4,3), transposed: at each of the 36 points, dU = sum over tiles of V^T * M,
+// with V the transformed inputs as in winograd.cpp and M the transformed 4x4 output gradients; then the 36
+// points of dU give the 9 taps. Blocks of tiles follow one another, and points and panels go over the
+// threads: every sum has one order.
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/winograd.h"
 
@@ -65,14 +66,15 @@ void transform_sums(const Sums& w, const float* u, float* taps) {
       }
       winograd::both_sides(winograd::filter_transposed, result, points);
       for (int r = 0; r < 3; ++r) {
-        for (int s = 0; s < 3; ++s) store(taps + ((r * 3 + s) * channels + c) * kColumns + j * kLane, result[r][s]);
+        for (int s = 0; s < 3; ++s)
+          store(taps + ((r * 3 + s) * channels + c) * kColumns + j * kLane, result[r][s]);
       }
     }
   }
 }
 
-void multiply_point(const Sums& w, int64_t point, int64_t panel, const float* v, const float* m, int64_t tiles, float* u,
-                    bool accumulate) {
+void multiply_point(const Sums& w, int64_t point, int64_t panel, const float* v, const float* m,
+                    int64_t tiles, float* u, bool accumulate) {
   v += point * w.v_point;
   m += point * w.m_point + panel * w.m_panel;
   u += panel * w.u_panel + point * w.u_point;
@@ -104,7 +106,8 @@ void group_weight_grad(const Sums& w, float* dweight) {
     float* taps = workspace<float>(Workspace::kC, filter * kColumns);
     for (int64_t panel = first; panel < last; ++panel) {
       transform_sums(w, u + panel * w.u_panel, taps);
-      unpack_panel_transposed(taps, w.outputs - panel * kColumns, filter, dweight + panel * kColumns * filter, filter);
+      unpack_panel_transposed(taps, w.outputs - panel * kColumns, filter, dweight + panel * kColumns * filter,
+                              filter);
     }
   });
 }
@@ -113,11 +116,16 @@ void group_weight_grad(const Sums& w, float* dweight) {
 
 void weight_grad_winograd(const Conv2dParams& p) {
   const int64_t channels = p.C / p.groups, outputs = p.K / p.groups;
-  Sums w{{static_cast<const float*>(p.x), p.H, p.W, p.x_pixel, p.P, p.Q, 1, 1, -p.pad_h, -p.pad_w, 3, 3, 1, 1, channels},
-         static_cast<const float*>(p.dy), p.y_pixel, outputs, ceil_div(outputs, kColumns),
+  Sums w{{static_cast<const float*>(p.x), p.H, p.W, p.x_pixel, p.P, p.Q, 1, 1, -p.pad_h, -p.pad_w, 3, 3, 1, 1,
+          channels},
+         static_cast<const float*>(p.dy),
+         p.y_pixel,
+         outputs,
+         ceil_div(outputs, kColumns),
          winograd_tiles(p.N, p.P, p.Q)};
   w.v_tile = ceil_div(channels, kLane) * kLane + kPad;
-  // V and M of a block stay in two L2 of 1 MiB; but dU passes through memory for each block, so they are not too short.
+  // V and M of a block stay in two L2 of 1 MiB; but dU passes through memory for each block, so they are not
+  // too short.
   w.block = min64(w.tiles, max64(112, 2097152 / (kWinogradPoints * 4 * (w.v_tile + w.panels * kColumns))));
   w.v_point = w.block * w.v_tile + kPad;
   w.m_panel = w.block * kColumns;
