@@ -71,7 +71,7 @@ bool in_chunks(const void* data, int64_t pixel, int64_t group_channels, DType dt
   return is_aligned(data, pixel * bytes) && group_channels * bytes % 16 == 0;
 }
 
-void choose_load(Plan& plan, Conv2dDirection direction, const Conv2dParams& p) {
+void choose_load(Plan& plan, Conv2dDirection direction, const Conv2dParams& p, int forced) {
   const bool x = in_chunks(p.x, p.x_pixel, p.C / p.groups, p.dtype);
   const bool dy = in_chunks(p.dy, p.y_pixel, p.K / p.groups, p.dtype);
   const bool chunks = direction == Conv2dDirection::kForward     ? x
@@ -79,9 +79,13 @@ void choose_load(Plan& plan, Conv2dDirection direction, const Conv2dParams& p) {
                                                                  : x && dy;
   const bool map = direction != Conv2dDirection::kInputGrad && (p.in_scale || p.in_shift || p.in_relu);
   plan.load = !chunks ? Load::kScalar : map ? Load::kMapped : Load::kAsync;
-  // One instance for what is rare: float64, and weight gradients through a prologue.
-  if (p.dtype == DType::kFloat64) plan.load = Load::kScalar;
-  if (direction == Conv2dDirection::kWeightGrad && plan.load == Load::kMapped) plan.load = Load::kScalar;
+  // Scalar loads take every operand, mapped ones every operand in chunks.
+  if (forced == int(Load::kScalar) || (forced == int(Load::kMapped) && plan.load == Load::kAsync)) {
+    plan.load = static_cast<Load>(forced);
+  }
+  // One instance for what is rare: float64, and a prologue in strict float32.
+  if (p.dtype == DType::kFloat64 || (plan.load == Load::kMapped && !plan.tensor_cores))
+    plan.load = Load::kScalar;
 }
 
 // The largest tile (most products a byte of shared memory) that still gives every multiprocessor a block.
@@ -92,7 +96,8 @@ void choose_tile(Plan& plan, int64_t rows, int64_t columns, int64_t batch, bool 
   if (!plan.tensor_cores) return set(128, 64);       // 8 x 8 sums a thread
   if (weight_grad) {
     // Splitting fills the grid; the smaller tile is for the small layers that a large one would mostly pad.
-    return plan.load != Load::kScalar && (rows > 64 || columns > 512) ? set(128, 128) : set(64, 64);
+    if (plan.load == Load::kMapped) return set(128, 64);  // registers hold the next tile
+    return plan.load == Load::kAsync && (rows > 64 || columns > 512) ? set(128, 128) : set(64, 64);
   }
   if (plan.load != Load::kAsync) return set(128, 64);  // registers hold the next tile
   if (columns > 64 && blocks(128, 128) >= kFullGrid) return set(128, 128);
@@ -100,23 +105,14 @@ void choose_tile(Plan& plan, int64_t rows, int64_t columns, int64_t batch, bool 
   set(64, 64);
 }
 
-void apply_forced(Plan& plan, const Forced& forced, bool weight_grad, DType dtype) {
-  if (plan.method != Method::kProduct || dtype == DType::kFloat64) return;
-  // Scalar loads take every operand, mapped ones every operand in chunks.
-  if (forced.load == static_cast<int>(Load::kScalar)) plan.load = Load::kScalar;
-  if (forced.load == static_cast<int>(Load::kMapped) && plan.load == Load::kAsync && !weight_grad) {
-    plan.load = Load::kMapped;
-  }
-  if (forced.load > 0 && plan.tensor_cores && plan.load != Load::kAsync) {
-    plan.tile_rows = weight_grad ? 64 : 128;
-    plan.tile_columns = 64;
-  }
+// The forced tile, where it was compiled: asynchronous loads on tensor cores, square ones for weight
+// gradients.
+void force_tile(Plan& plan, const Forced& forced, bool weight_grad) {
   const bool exists = plan.tensor_cores && plan.load == Load::kAsync &&
                       !(weight_grad && forced.tile_rows != forced.tile_columns);
-  if (forced.tile_rows && exists) {
-    plan.tile_rows = forced.tile_rows;
-    plan.tile_columns = forced.tile_columns;
-  }
+  if (forced.tile_rows == 0 || !exists) return;
+  plan.tile_rows = forced.tile_rows;
+  plan.tile_columns = forced.tile_columns;
 }
 
 void plan_weight(Plan& plan, Conv2dDirection direction, const Conv2dParams& p) {
@@ -187,7 +183,7 @@ Plan plan(Conv2dDirection direction, const Conv2dParams& p, const Forced& forced
   if (p.mean || p.dbias) plan.statistics_bytes = ceil_div(p.N * p.P * p.Q, 32) * p.K * 2 * sum_bytes;
   if (plan.method == Method::kDepthwise && weight_grad && p.dweight) plan_depthwise_splits(plan, p);
   if (plan.method != Method::kProduct) return plan;
-  choose_load(plan, direction, p);
+  choose_load(plan, direction, p, forced.load);
   const int64_t group_c = p.C / p.groups, group_k = p.K / p.groups;
   switch (direction) {
     case Conv2dDirection::kForward:
@@ -201,7 +197,7 @@ Plan plan(Conv2dDirection direction, const Conv2dParams& p, const Forced& forced
       choose_tile(plan, group_k, p.R * p.S * group_c, p.groups, true, p.dtype);
       break;
   }
-  apply_forced(plan, forced, weight_grad, p.dtype);
+  force_tile(plan, forced, weight_grad);
   if (weight_grad) {
     if (p.dweight) plan_splits(plan, p);
   } else {

@@ -51,6 +51,7 @@ void correlate_tensor_cores(const Correlation& p, const Plan& plan, Stream strea
 template <class T>
 void weight_gradient_tensor_cores(const WeightGradient& p, const Plan& plan, Stream stream) {
   if (plan.load == Load::kScalar) return start<GradientTensor<T, 64, 64>, Load::kScalar>(p, stream);
+  if (plan.load == Load::kMapped) return start<GradientTensor<T, 128, 64>, Load::kMapped>(p, stream);
   if (plan.tile_rows == 128) return start<GradientTensor<T, 128, 128>, Load::kAsync>(p, stream);
   start<GradientTensor<T, 64, 64>, Load::kAsync>(p, stream);
 }

@@ -46,7 +46,7 @@ class GradColumns : ColumnChunks<T, kColumns> {
       const int pixel = first_pixel + Chunks::row(i);
       const T* from = dy_ + pixel * pixel_ + column_;
       const bool exists = pixel < end_pixel;
-      if constexpr (kLoad == Load::kAsync) {
+      if constexpr (kLoad != Load::kScalar) {
         const bool valid = exists && count_ > 0;
         ptx::copy_async<16>(tile + Chunks::offset(i), valid ? from : dy_, valid ? 16 : 0);
       } else {
@@ -58,7 +58,7 @@ class GradColumns : ColumnChunks<T, kColumns> {
   }
 
   __device__ __forceinline__ void finish(uint32_t tile) {
-    if constexpr (kLoad != Load::kAsync) {
+    if constexpr (kLoad == Load::kScalar) {
 #pragma unroll
       for (int i = 0; i < Chunks::kCount; ++i) ptx::store_shared(tile + Chunks::offset(i), staged_[i]);
     }
@@ -69,7 +69,7 @@ class GradColumns : ColumnChunks<T, kColumns> {
   const int column_;
   const int64_t pixel_;
   const int count_;
-  Pack<T, kPack> staged_[kLoad == Load::kAsync ? 1 : Chunks::kCount];
+  Pack<T, kPack> staged_[kLoad == Load::kScalar ? Chunks::kCount : 1];
 };
 
 // Tile of x: kColumns of the flattened (r, s, c) for each pixel. A thread's taps stay the same, its pixels
@@ -84,7 +84,8 @@ class TapColumns : ColumnChunks<T, kColumns> {
       : p_(p),
         x_(static_cast<const T*>(p.x.data)),
         walk_(TapWalk::at(first_column + Chunks::chunk() * kPack, p.x.channels, p.w.taps)),
-        group_channel_(group * p.x.channels) {}
+        group_channel_(group * p.x.channels),
+        map_(p.prologue, kLoad == Load::kMapped && walk_.r < p.h.taps ? group_channel_ + walk_.c : 0) {}
 
   __device__ __forceinline__ void start(uint32_t tile, int first_pixel, int end_pixel) {
 #pragma unroll
@@ -94,6 +95,10 @@ class TapColumns : ColumnChunks<T, kColumns> {
       if constexpr (kLoad == Load::kAsync) {
         const T* from = source(at, walk_, pixel < end_pixel);
         ptx::copy_async<16>(tile + Chunks::offset(i), from ? from : x_, from ? 16 : 0);
+      } else if constexpr (kLoad == Load::kMapped) {
+        const T* from = source(at, walk_, pixel < end_pixel);
+        inside_ = (inside_ & ~(1u << i)) | unsigned{from != nullptr} << i;
+        staged_[i] = from ? load_pack<kPack>(from) : Pack<T, kPack>{};
       } else {
         gather_elements(staged_[i], at, pixel < end_pixel);
       }
@@ -103,7 +108,10 @@ class TapColumns : ColumnChunks<T, kColumns> {
   __device__ __forceinline__ void finish(uint32_t tile) {
     if constexpr (kLoad != Load::kAsync) {
 #pragma unroll
-      for (int i = 0; i < Chunks::kCount; ++i) ptx::store_shared(tile + Chunks::offset(i), staged_[i]);
+      for (int i = 0; i < Chunks::kCount; ++i) {
+        if (kLoad == Load::kMapped && (inside_ >> i & 1)) staged_[i] = map_(staged_[i]);
+        ptx::store_shared(tile + Chunks::offset(i), staged_[i]);
+      }
     }
   }
 
@@ -135,6 +143,8 @@ class TapColumns : ColumnChunks<T, kColumns> {
   const T* x_;
   const TapWalk walk_;
   const int group_channel_;
+  const ChannelMap<T> map_;  // of kMapped
+  unsigned inside_ = 0;
   Pack<T, kPack> staged_[kLoad == Load::kAsync ? 1 : Chunks::kCount];
 };
 
