@@ -20,6 +20,7 @@ SHAPES = [
     (0, 4, 3, 3),
 ]
 ALEXNET = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
+TORCH = torch.nn.functional.local_response_norm  # refuses some layouts
 STRONG = {"size": 4, "alpha": 0.9, "beta": 0.6, "k": 0.5}
 
 
@@ -44,8 +45,7 @@ def test_matches_reference(device, dtype, layout, parameters):
         ours = with_gradient(lambda t: F.local_response_norm(t, **parameters), x, dy)
         torchs = (None, None)
         if dtype in (torch.float32, torch.float64):  # torch has no 16-bit average pooling on a CPU
-            torch_lrn = torch.nn.functional.local_response_norm  # refuses some layouts
-            torchs = with_gradient(lambda t: torch_lrn(t, **parameters), x.contiguous(), dy)
+            torchs = with_gradient(lambda t: TORCH(t, **parameters), x.contiguous(), dy)
         for name, a, e, t in zip(("y", "dx"), ours, exact, torchs, strict=True):
             assert a.dtype == dtype
             assert_accurate(a, e, t, ulps=12, what=f"{name} of {shape}, {layout}")
