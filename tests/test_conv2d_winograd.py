@@ -1,0 +1,61 @@
+"""Winograd rounds otherwise than a direct sum: its own bound, its switch, its independence of threads."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_bitwise, reals
+from test_conv2d import TORCH, for_thread_counts, isa, with_gradients  # noqa: F401
+
+from cuda_cnn import backends
+from cuda_cnn import functional as F
+from cuda_cnn.ops.conv2d import algorithm
+
+WINOGRAD_CASES = {
+    "whole tiles": ((2, 32, 16, 12), (48, 32, 3, 3), (1, 1), 1),
+    "ragged tiles, odd channels": ((1, 33, 13, 7), (21, 33, 3, 3), (1, 0), 1),
+    "wide padding": ((1, 16, 5, 6), (16, 16, 3, 3), (3, 2), 1),
+    "groups": ((2, 36, 9, 10), (40, 18, 3, 3), (1, 1), 2),
+    "filters over threads": ((1, 150, 14, 14), (96, 150, 3, 3), (1, 1), 1),
+    "several blocks of tiles": ((2, 16, 60, 58), (16, 16, 3, 3), (1, 1), 1),
+}
+
+
+@pytest.mark.parametrize("case", WINOGRAD_CASES)
+def test_winograd_is_within_its_own_bound(isa, case):  # noqa: F811
+    """Its error is that of its largest intermediate: 4e-6 of the largest sum, against 1e-6 for a direct one."""
+    x_shape, weight_shape, padding, groups = WINOGRAD_CASES[case]
+    geometry = ((1, 1), padding, (1, 1), groups)
+    x, weight = reals(*x_shape, dtype=torch.float32), reals(*weight_shape, dtype=torch.float32, seed=1)
+    bias = reals(weight_shape[0], dtype=torch.float32, seed=2)
+    dy = torch.randn_like(TORCH(x, weight, bias, *geometry))
+    exact = with_gradients(TORCH, *(t.double() for t in (x, weight, bias)), geometry, dy.double())
+    with backends.flags(conv2d_algorithm="winograd"):
+        assert algorithm("forward", x_shape, weight_shape, padding=padding, groups=groups) == "winograd"
+        ours = with_gradients(F.conv2d, x, weight, bias, geometry, dy)
+    for name, value in exact.items():
+        error = (ours[name].double() - value).abs().max() / value.abs().max()
+        assert error < 4e-6, f"{name}: {error:.3g}"
+
+
+@pytest.mark.parametrize("case", WINOGRAD_CASES)
+def test_winograd_does_not_know_how_many_threads(case):
+    x_shape, weight_shape, padding, groups = WINOGRAD_CASES[case]
+    x, weight = reals(*x_shape, dtype=torch.float32), reals(*weight_shape, dtype=torch.float32, seed=1)
+    bias, geometry = reals(weight_shape[0], dtype=torch.float32, seed=2), ((1, 1), padding, (1, 1), groups)
+    dy = reals(*TORCH(x, weight, bias, *geometry).shape, dtype=torch.float32, seed=3)
+    with backends.flags(conv2d_algorithm="winograd"):
+        results = for_thread_counts(lambda: with_gradients(F.conv2d, x, weight, bias, geometry, dy))
+    for other, name in itertools.product(results[1:], results[0]):
+        assert_bitwise(other[name], results[0][name], what=f"{name} of {case}")
+
+
+def test_winograd_is_chosen_where_it_may_be_and_can_be_switched_off():
+    shapes = (2, 64, 28, 28), (64, 64, 3, 3)
+    for direction in ("forward", "input_grad", "weight_grad"):
+        assert algorithm(direction, *shapes, padding=(1, 1)) == "winograd"
+        assert algorithm(direction, *shapes, padding=(1, 1), dtype=torch.float64) == "gemm"
+        assert algorithm(direction, *shapes, stride=(2, 2)) == "gemm"
+        with backends.flags(winograd=False):
+            assert algorithm(direction, *shapes, padding=(1, 1)) == "gemm"
+    assert backends.winograd
