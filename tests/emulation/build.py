@@ -69,9 +69,9 @@ def build(name: str, kernels: list[Path], torch_sources: list[Path] = (), flags:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text(_ninja_file(library, sources, flags))
         jobs = os.environ.get("MAX_JOBS", "2")
-        result = subprocess.run(
-            [ninja(), "--quiet", "-C", folder, "-j", jobs], capture_output=True, text=True
-        )
+        command = [ninja(), "--quiet", "-C", folder, "-j", jobs]
+        # ninja keeps the lock, should this process be killed before it.
+        result = subprocess.run(command, capture_output=True, text=True, pass_fds=[lock.fileno()])
     if result.returncode:
         raise RuntimeError(f"compiling {name} for the emulator failed:\n{result.stdout[-8000:]}")
     return library
