@@ -20,28 +20,28 @@ bool set_isa(Isa isa);
 }  // namespace cuda_cnn::cpu
 
 #if defined(CUDA_CNN_X86_VARIANTS)
-#define CUDA_CNN_CPU_KERNEL(name, Params)                                           \
-  namespace cuda_cnn::cpu {                                                         \
-  namespace baseline {                                                              \
-  void name(const Params&);                                                         \
-  }                                                                                 \
-  namespace avx2 {                                                                  \
-  void name(const Params&);                                                         \
-  }                                                                                 \
-  namespace avx512 {                                                                \
-  void name(const Params&);                                                         \
-  }                                                                                 \
-  inline void name(const Params& params) {                                          \
+#define CUDA_CNN_CPU_KERNEL(name, Params)                                                             \
+  namespace cuda_cnn::cpu {                                                                           \
+  namespace baseline {                                                                                \
+  void name(const Params&);                                                                           \
+  }                                                                                                   \
+  namespace avx2 {                                                                                    \
+  void name(const Params&);                                                                           \
+  }                                                                                                   \
+  namespace avx512 {                                                                                  \
+  void name(const Params&);                                                                           \
+  }                                                                                                   \
+  inline void name(const Params& params) {                                                            \
     static constexpr void (*kVariants[])(const Params&) = {baseline::name, avx2::name, avx512::name}; \
-    kVariants[static_cast<int>(isa())](params);                                     \
-  }                                                                                 \
+    kVariants[static_cast<int>(isa())](params);                                                       \
+  }                                                                                                   \
   }
 #else
-#define CUDA_CNN_CPU_KERNEL(name, Params)                           \
-  namespace cuda_cnn::cpu {                                         \
-  namespace baseline {                                              \
-  void name(const Params&);                                         \
-  }                                                                 \
+#define CUDA_CNN_CPU_KERNEL(name, Params)                            \
+  namespace cuda_cnn::cpu {                                          \
+  namespace baseline {                                               \
+  void name(const Params&);                                          \
+  }                                                                  \
   inline void name(const Params& params) { baseline::name(params); } \
   }
 #endif

@@ -1,8 +1,8 @@
 // Local response normalisation on the CPU: one pass over memory each way.
 //
 // A tile is a strip of `width` neighbouring positions times all channels (channels_last: all channels of one
-// position, width 1). Its squares go to scratch in L1 with zero rows above and below, so that a window is n plain
-// loads `width` apart, and both layouts share every line.
+// position, width 1). Its squares go to scratch in L1 with zero rows above and below, so that a window is n
+// plain loads `width` apart, and both layouts share every line.
 #include "kernels/local_response_norm.h"
 
 #include "cpu/parallel.h"
@@ -12,7 +12,7 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int64_t kStrip = 64;            // contiguous layout: 256 bytes of a row at a time
+constexpr int64_t kStrip = 64;  // contiguous layout: 256 bytes of a row at a time
 constexpr int64_t kElementsPerTask = 32768;
 
 template <class A>
@@ -27,10 +27,10 @@ CUDA_CNN_INLINE Vec<A> inverse_power(Vec<A> s, A beta) {
 
 // Where a tile lies in memory, and how its scratch is laid out.
 struct Tile {
-  int64_t offset;               // of its first element
-  int64_t rows, row_length;     // contiguous runs in memory, row_stride apart
+  int64_t offset;            // of its first element
+  int64_t rows, row_length;  // contiguous runs in memory, row_stride apart
   int64_t row_stride;
-  int64_t width;                // distance between neighbouring channels in scratch
+  int64_t width;  // distance between neighbouring channels in scratch
   int64_t count() const { return rows * row_length; }
 };
 
@@ -137,7 +137,7 @@ void backward(const LocalResponseNormParams& p) {
   const int64_t before = lrn_after(p.size), after = lrn_before(p.size);
   for_each_tile(p, [&](const Tile& tile) {
     const A* squares = squares_of(x, tile, p.size);
-    A* terms = padded<A>(Workspace::kB, tile, before, after);  // dy · x · s^(−β−1)
+    A* terms = padded<A>(Workspace::kB, tile, before, after);           // dy · x · s^(−β−1)
     A* direct = workspace<A>(Workspace::kC, tile.count() + kLanes<A>);  // dy · s^−β
     for_each_vector<A>(tile, [&](int64_t memory, int64_t scratch, int64_t lanes) {
       const Vec<A> s = fma(scale, window_sum(squares + scratch, p.size, tile.width), k);

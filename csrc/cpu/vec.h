@@ -1,8 +1,8 @@
 // Vectors of one register: 64 bytes with AVX-512, 32 with AVX2, 16 elsewhere (SSE2, NEON).
 //
 // Vec<float> and Vec<double> are the compiler's vector types, so + - * / < ?: work on them lane by lane; the
-// functions here add what the operators lack. Loads and stores need no alignment. bfloat16 and float16 exist in
-// memory only: load() widens them to Vec<float>, store() rounds to nearest even.
+// functions here add what the operators lack. Loads and stores need no alignment. bfloat16 and float16 exist
+// in memory only: load() widens them to Vec<float>, store() rounds to nearest even.
 //
 // g++ does not redefine __AVX2__ and its like at a `#pragma GCC target`, so the build says which set this is.
 #pragma once
@@ -127,12 +127,16 @@ CUDA_CNN_INLINE void store_first<float>(float* p, Vec<float> v, int64_t count) {
 // a * b + c, rounded once where the instruction set has it.
 #if defined(CUDA_CNN_ISA_AVX512)
 CUDA_CNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
-CUDA_CNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+CUDA_CNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
 CUDA_CNN_INLINE Vec<float> sqrt(Vec<float> v) { return _mm512_sqrt_ps(v); }
 CUDA_CNN_INLINE Vec<double> sqrt(Vec<double> v) { return _mm512_sqrt_pd(v); }
 #elif defined(CUDA_CNN_ISA_AVX2)
 CUDA_CNN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
-CUDA_CNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+CUDA_CNN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
 CUDA_CNN_INLINE Vec<float> sqrt(Vec<float> v) { return _mm256_sqrt_ps(v); }
 CUDA_CNN_INLINE Vec<double> sqrt(Vec<double> v) { return _mm256_sqrt_pd(v); }
 #else

@@ -52,11 +52,12 @@ inline bool uses_cuda_kernels(const at::Tensor& tensor) {
 #endif
 }
 
-// Defines an operator and gives it one implementation for every kind of tensor: fn itself refuses what it cannot
-// take (with a message that names the argument), and looks at the device when it launches.
+// Defines an operator and gives it one implementation for every kind of tensor: fn itself refuses what it
+// cannot take (with a message that names the argument), and looks at the device when it launches.
 template <class Fn>
 void define(torch::Library& library, const std::string& schema, Fn* fn) {
-  library.def(torch::schema(schema.c_str(), c10::AliasAnalysisKind::FROM_SCHEMA), {at::Tag::pt2_compliant_tag});
+  library.def(torch::schema(schema.c_str(), c10::AliasAnalysisKind::FROM_SCHEMA),
+              {at::Tag::pt2_compliant_tag});
   const std::string name = schema.substr(0, schema.find('('));
   using Key = c10::DispatchKey;
   for (Key key : {Key::CPU, Key::CUDA, Key::SparseCPU, Key::SparseCUDA, Key::SparseCsrCPU, Key::SparseCsrCUDA,
@@ -67,24 +68,25 @@ void define(torch::Library& library, const std::string& schema, Fn* fn) {
 
 }  // namespace cuda_cnn::ops
 
-// LAUNCH("conv2d", x, conv2d_forward, params): runs cpu::conv2d_forward or cuda::conv2d_forward where x lives.
+// LAUNCH("conv2d", x, conv2d_forward, params): runs cpu::conv2d_forward or cuda::conv2d_forward where x
+// lives.
 #if defined(CUDA_CNN_EMULATED)
 #define CUDA_CNN_LAUNCH(op, tensor, kernel, params) ::cuda_cnn::cuda::kernel(params, nullptr)
 #elif defined(CUDA_CNN_WITH_CUDA)
-#define CUDA_CNN_LAUNCH(op, tensor, kernel, params)                            \
-  do {                                                                         \
-    if ((tensor).is_cuda()) {                                                  \
-      const c10::DeviceGuard guard((tensor).device());                         \
-      ::cuda_cnn::cuda::kernel(params, ::cuda_cnn::ops::current_stream());     \
-    } else {                                                                   \
-      ::cuda_cnn::cpu::kernel(params);                                         \
-    }                                                                          \
+#define CUDA_CNN_LAUNCH(op, tensor, kernel, params)                        \
+  do {                                                                     \
+    if ((tensor).is_cuda()) {                                              \
+      const c10::DeviceGuard guard((tensor).device());                     \
+      ::cuda_cnn::cuda::kernel(params, ::cuda_cnn::ops::current_stream()); \
+    } else {                                                               \
+      ::cuda_cnn::cpu::kernel(params);                                     \
+    }                                                                      \
   } while (false)
 #else
-#define CUDA_CNN_LAUNCH(op, tensor, kernel, params)                                                     \
-  do {                                                                                                  \
-    TORCH_CHECK(!(tensor).is_cuda(), "cuda_cnn::", op, " was built without CUDA (",      \
-                ::cuda_cnn::build_note(), "). See: python -m cuda_cnn env");                            \
-    ::cuda_cnn::cpu::kernel(params);                                                                    \
+#define CUDA_CNN_LAUNCH(op, tensor, kernel, params)                                 \
+  do {                                                                              \
+    TORCH_CHECK(!(tensor).is_cuda(), "cuda_cnn::", op, " was built without CUDA (", \
+                ::cuda_cnn::build_note(), "). See: python -m cuda_cnn env");        \
+    ::cuda_cnn::cpu::kernel(params);                                                \
   } while (false)
 #endif

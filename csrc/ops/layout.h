@@ -5,7 +5,8 @@
 
 namespace cuda_cnn::ops {
 
-// The format that torch's operators would give a result computed from this input. Rank 3 has no channels_last.
+// The format that torch's operators would give a result computed from this input. Rank 3 has no
+// channels_last.
 inline at::MemoryFormat format_of(const at::Tensor& input) { return input.suggest_memory_format(); }
 
 inline bool is_channels_last(at::MemoryFormat format) {

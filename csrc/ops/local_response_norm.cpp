@@ -66,7 +66,8 @@ TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
   define(library, "local_response_norm(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
          &local_response_norm);
   define(library,
-         "local_response_norm_backward(Tensor dy, Tensor x, int size, float alpha, float beta, float k) -> Tensor",
+         "local_response_norm_backward(Tensor dy, Tensor x, int size, float alpha, float beta, float k) -> "
+         "Tensor",
          &local_response_norm_backward);
 }
 
