@@ -1,23 +1,49 @@
 // Concatenation on the CPU: copies, row by row of the output, so that it is written from front to back once.
-// Threads share the rows, and long rows (NCHW: an image) by pieces.
+// Short rows (NHWC: a pixel) are taken some at a time, one input after another, so that a run of copies has
+// one length; long ones (NCHW: an image) are cut in pieces. Threads share either.
 #include "kernels/concat.h"
 
 #include "cpu/parallel.h"
+#include "cpu/vec.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int64_t kPieceBytes = 64 << 10;
+constexpr int64_t kPieceBytes = 32 << 10;
 
-// The bytes [begin, end) of an output row.
+// memcpy without the call, which short runs feel.
+CUDA_CNN_INLINE void copy(char* to, const char* from, int64_t bytes) {
+  if (bytes < kVectorBytes) {
+    memcpy(to, from, bytes);
+    return;
+  }
+  const auto copy_vector = [&](int64_t at) {
+    store(reinterpret_cast<float*>(to + at), load(reinterpret_cast<const float*>(from + at)));
+  };
+  for (int64_t at = 0; at + kVectorBytes <= bytes; at += kVectorBytes) copy_vector(at);
+  copy_vector(bytes - kVectorBytes);  // overlaps the one before
+}
+
+// The bytes [begin, end) of one output row.
 void copy_piece(const ConcatParams& params, int64_t row, int64_t begin, int64_t end) {
   char* output = static_cast<char*>(params.output) + row * params.row_stride;
   for (int64_t k = 0; k < params.count; ++k) {
     const ConcatPart& part = params.parts[k];
     const int64_t from = max64(begin, part.offset), to = min64(end, part.offset + part.bytes);
-    if (from >= to) continue;
     const char* input = static_cast<const char*>(part.data) + row * part.row_stride;
-    memcpy(output + from, input + (from - part.offset), to - from);
+    if (from < to) copy(output + from, input + (from - part.offset), to - from);
+  }
+}
+
+// Whole rows [begin, end).
+void copy_rows(const ConcatParams& params, int64_t begin, int64_t end) {
+  for (int64_t k = 0; k < params.count; ++k) {
+    const ConcatPart& part = params.parts[k];
+    const char* input = static_cast<const char*>(part.data) + begin * part.row_stride;
+    char* output = static_cast<char*>(params.output) + begin * params.row_stride + part.offset;
+    for (int64_t row = begin; row < end; ++row, input += part.row_stride, output += params.row_stride) {
+      copy(output, input, part.bytes);
+    }
   }
 }
 
@@ -25,9 +51,16 @@ void copy_piece(const ConcatParams& params, int64_t row, int64_t begin, int64_t 
 
 void concat(const ConcatParams& params) {
   const ConcatPart& last = params.parts[params.count - 1];
-  const int64_t row_bytes = last.offset + last.bytes, pieces = ceil_div(row_bytes, kPieceBytes);
-  const int64_t grain = ceil_div(kPieceBytes, min64(row_bytes, kPieceBytes));
-  parallel_for(params.rows * pieces, grain, [&](int64_t begin, int64_t end) {
+  const int64_t row_bytes = last.offset + last.bytes;
+  if (row_bytes <= kPieceBytes) {
+    const int64_t group = kPieceBytes / row_bytes;
+    parallel_for(ceil_div(params.rows, group), 2, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) copy_rows(params, k * group, min64((k + 1) * group, params.rows));
+    });
+    return;
+  }
+  const int64_t pieces = ceil_div(row_bytes, kPieceBytes);
+  parallel_for(params.rows * pieces, 2, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % pieces * kPieceBytes;
       copy_piece(params, task / pieces, first, min64(first + kPieceBytes, row_bytes));

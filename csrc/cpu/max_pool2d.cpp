@@ -30,9 +30,11 @@ struct Pixel {
   Tap* taps;
 };
 
-// Channels [c, c + kCount vectors), or `count` of them where they are fewer than a vector.
-template <class T, class Tap, bool kTrack, int kCount, bool kWhole>
-CUDA_CNN_INLINE void pool_channels(const Pixel<T, Tap>& pixel, int64_t c, int64_t count) {
+// Channels [c, c + kCount vectors), or `count` of them where they are fewer than a vector. A NaN or an
+// infinity leaves NaN in check: with kFinite the result is void then.
+template <class T, class Tap, bool kTrack, bool kFinite, int kCount, bool kWhole>
+CUDA_CNN_INLINE void pool_channels(const Pixel<T, Tap>& pixel, int64_t c, int64_t count,
+                                   Vec<Accumulator<T>>& check) {
   constexpr int kStep = kLanes<T>;
   Vec<Accumulator<T>> best[kCount];
   TapLanes<T> tap[kCount];
@@ -47,8 +49,9 @@ CUDA_CNN_INLINE void pool_channels(const Pixel<T, Tap>& pixel, int64_t c, int64_
       const TapLanes<T> here = TapLanes<T>{} + static_cast<TapLane<T>>(r * pixel.kernel_w + s);
 #pragma GCC unroll 4
       for (int b = 0; b < kCount; ++b) {
-        take_greater<kTrack, false>(kWhole ? load(p + b * kStep) : load_first(p, count), here, best[b],
-                                    tap[b]);
+        const Vec<Accumulator<T>> v = kWhole ? load(p + b * kStep) : load_first(p, count);
+        if constexpr (kFinite) check = fma(v, Vec<Accumulator<T>>{}, check);
+        take_greater<kTrack, kFinite>(v, here, best[b], tap[b]);
       }
     }
   }
@@ -63,17 +66,40 @@ CUDA_CNN_INLINE void pool_channels(const Pixel<T, Tap>& pixel, int64_t c, int64_
   }
 }
 
-template <class T, class Tap, bool kTrack>
-CUDA_CNN_INLINE void pool_pixel(const Pixel<T, Tap>& pixel, int64_t channels) {
+template <class T, class Tap, bool kTrack, bool kFinite>
+CUDA_CNN_INLINE void pool_pixel(const Pixel<T, Tap>& pixel, int64_t channels, Vec<Accumulator<T>>& check) {
   constexpr int64_t kStep = kLanes<T>;
-  if (channels < kStep) return pool_channels<T, Tap, kTrack, 1, false>(pixel, 0, channels);
+  if (channels < kStep) return pool_channels<T, Tap, kTrack, kFinite, 1, false>(pixel, 0, channels, check);
   int64_t c = 0;
   for (; c + kBlocks * kStep <= channels; c += kBlocks * kStep) {
-    pool_channels<T, Tap, kTrack, kBlocks, true>(pixel, c, kStep);
+    pool_channels<T, Tap, kTrack, kFinite, kBlocks, true>(pixel, c, kStep, check);
   }
   for (; c < channels; c += kStep) {  // the last vector overlaps the one before
-    pool_channels<T, Tap, kTrack, 1, true>(pixel, min64(c, channels - kStep), kStep);
+    pool_channels<T, Tap, kTrack, kFinite, 1, true>(pixel, min64(c, channels - kStep), kStep, check);
   }
+}
+
+// Output row `row` of all the batch's rows. True if the input was finite.
+template <class T, class Tap, bool kTrack, bool kFinite>
+bool pool_row(const MaxPool2dParams& params, int64_t row, const Taps* columns) {
+  const PoolAxis &h = params.h, &w = params.w;
+  const int64_t channels = params.channels;
+  const Taps r(h, row % h.out);
+  const T* cells = static_cast<const T*>(params.input) + (row / h.out * h.in + r.cell) * w.in * channels;
+  Vec<Accumulator<T>> check = {};
+  for (int64_t q = 0; q < w.out; ++q) {
+    const int64_t at = (row * w.out + q) * channels;
+    const Pixel<T, Tap> pixel = {cells + columns[q].cell * channels,
+                                 h.dilation * w.in * channels,
+                                 w.dilation * channels,
+                                 r,
+                                 columns[q],
+                                 w.kernel,
+                                 static_cast<T*>(params.output) + at,
+                                 kTrack ? static_cast<Tap*>(params.taps) + at : nullptr};
+    pool_pixel<T, Tap, kTrack, kFinite>(pixel, channels, check);
+  }
+  return sum(check) == 0;
 }
 
 template <class T, class Tap, bool kTrack>
@@ -84,24 +110,13 @@ void forward(const MaxPool2dParams& params) {
   for (int64_t q = 0; q < w.out; ++q) columns[q] = Taps(w, q);
   parallel_for(params.batch * h.out, grain_of(w.out * channels), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const Taps r(h, row % h.out);
-      const T* cells = static_cast<const T*>(params.input) + (row / h.out * h.in + r.cell) * w.in * channels;
-      for (int64_t q = 0; q < w.out; ++q) {
-        const Taps& s = columns[q];
-        const int64_t at = (row * w.out + q) * channels;
-        Tap* taps = kTrack ? static_cast<Tap*>(params.taps) + at : nullptr;
-        const Pixel<T, Tap> pixel = {cells + s.cell * channels,
-                                     h.dilation * w.in * channels,
-                                     w.dilation * channels,
-                                     r,
-                                     s,
-                                     w.kernel,
-                                     static_cast<T*>(params.output) + at,
-                                     taps};
-        pool_pixel<T, Tap, kTrack>(pixel, channels);
-        for (int64_t c = 0; kTrack && params.indices && c < channels; ++c) {
-          params.indices[at + c] = tap_index(h, w, row % h.out, q, taps[c]);
-        }
+      if (!pool_row<T, Tap, kTrack, true>(params, row, columns)) {
+        pool_row<T, Tap, kTrack, false>(params, row, columns);
+      }
+      if (!kTrack || params.indices == nullptr) continue;
+      for (int64_t k = row * w.out * channels; k < (row + 1) * w.out * channels; ++k) {
+        params.indices[k] =
+            tap_index(h, w, row % h.out, k / channels % w.out, static_cast<const Tap*>(params.taps)[k]);
       }
     }
   });
