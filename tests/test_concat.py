@@ -248,7 +248,7 @@ def test_any_shape(data, rank, count, layout, dtype):
     assert_as_torch(make(shapes, dtype, [layout]), dim)
 
 
-@pytest.mark.parametrize("dtype", OP_INFO.supported_dtypes("cpu"), ids=str)
+@pytest.mark.parametrize("dtype", sorted(OP_INFO.supported_dtypes("cpu"), key=str), ids=str)
 def test_opinfo_samples(dtype):
     if dtype == torch.complex32:
         pytest.skip("torch cannot make its samples on a CPU: no random numbers of complex32")
