@@ -7,8 +7,6 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = 8;
-
 // Joins two parts' (mean, Σ(x − mean)²), of n and m elements. Chan, Golub, LeVeque 1979.
 CUDA_CNN_INLINE void join(double& mean, double& squares, double n, double other_mean, double other_squares,
                           double m) {
@@ -33,7 +31,7 @@ template <int R, class T, class A = Accumulator<T>>
 CUDA_CNN_INLINE void mean_of_rows(const T* x, int64_t pitch, int64_t width, A* mean) {
   for_each_vector<A>(width, [&](int64_t i, int, int64_t lanes) {
     Vec<A> sum = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sum += load_lanes(x + r * pitch + i, lanes);
     store(mean + i, sum / broadcast(A(R)));
   });
@@ -44,7 +42,7 @@ CUDA_CNN_INLINE void add_rows(const T* x, int64_t pitch, int64_t width, Chunk<A>
   for_each_vector<A>(width, [&](int64_t i, int, int64_t lanes) {
     const Vec<A> pivot = load(chunk.pivot + i);
     Vec<A> deviation = load(chunk.deviation + i), squares = load(chunk.squares + i);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec<A> d = load_lanes(x + r * pitch + i, lanes) - pivot;
       deviation += d;
@@ -71,8 +69,8 @@ void row_statistics(const T* x, int64_t pitch, int64_t width, int64_t begin, int
       chunk.pivot[i] = finite_or_zero(seen == 0 ? chunk.pivot[i] : static_cast<A>(mean[i]));
     }
     for (int64_t i = 0; i < kBlock; ++i) chunk.deviation[i] = chunk.squares[i] = 0;
-    for_rows<kRowsAtOnce>(
-        row, last, [&](auto rows, int64_t r) { add_rows<rows.value>(x + r * pitch, pitch, width, chunk); });
+    for_rows<T>(row, last, pitch,
+                [&](auto rows, int64_t r) { add_rows<rows.value>(x + r * pitch, pitch, width, chunk); });
     for (int64_t i = 0; i < width; ++i) {
       const double shift = chunk.deviation[i] * (1 / count);
       join(mean[i], squares[i], seen, chunk.pivot[i] + shift, chunk.squares[i] - shift * chunk.deviation[i],

@@ -22,6 +22,7 @@ constexpr int64_t kRows = 64;    // channels_last: rows of a chunk
 constexpr int64_t kBlock = 512;  // channels_last: channels of a block
 constexpr int64_t kRun = 4096;   // contiguous: elements of a chunk
 constexpr int kWide = 4;         // vectors side by side
+constexpr int kRowsAtOnce = 4;   // channels_last: rows side by side
 constexpr int64_t kElementsPerTask = 32768;
 constexpr int64_t kPlanesEnough = 256;  // contiguous: with as many channels no channel is cut
 
@@ -128,15 +129,19 @@ void for_each_part(const BatchNormShape& s, const Cut& cut, const Fn& fn) {
   });
 }
 
-// channels_last: calls fn(Rows<R>, first row) for rows R = N at a time, then one at a time.
+// channels_last: calls fn(Rows<R>, first row), side by side or one row at a time. Not side by side: rows that
+// share a page of memory, yet lie far apart in it, where the prefetcher follows one stream.
 template <int R>
 struct Rows {
   static constexpr int value = R;
 };
-template <int N, class Fn>
-CUDA_CNN_INLINE void for_rows(int64_t begin, int64_t end, const Fn& fn) {
+template <class T, class Fn>
+CUDA_CNN_INLINE void for_rows(int64_t begin, int64_t end, int64_t pitch, const Fn& fn) {
+  const int64_t bytes = pitch * static_cast<int64_t>(sizeof(T));
   int64_t row = begin;
-  for (; row + N <= end; row += N) fn(Rows<N>{}, row);
+  if (bytes < 1024 || bytes >= 4096) {
+    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) fn(Rows<kRowsAtOnce>{}, row);
+  }
   for (; row < end; ++row) fn(Rows<1>{}, row);
 }
 

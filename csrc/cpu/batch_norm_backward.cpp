@@ -5,8 +5,6 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = 4;
-
 // dy under the ReLU's mask: y, or where there was no residual what y was computed from, decides.
 template <class T, class A = Accumulator<T>>
 CUDA_CNN_INLINE Vec<A> masked(const BatchNormBackwardParams& p, int64_t i, int64_t lanes, Vec<A> x,
@@ -34,7 +32,7 @@ void row_sums(const BatchNormBackwardParams& p, const Coefficients<A>& coefficie
   A g[kBlock], gx[kBlock];
   for (int64_t chunk = begin; chunk < end; chunk += kRows) {
     for (int64_t i = 0; i < kBlock; ++i) g[i] = gx[i] = 0;
-    for_rows<kRowsAtOnce>(chunk, min64(chunk + kRows, end), [&](auto rows, int64_t row) {
+    for_rows<T>(chunk, min64(chunk + kRows, end), p.shape.channels, [&](auto rows, int64_t row) {
       for_each_vector<A>(width, [&](int64_t i, int, int64_t lanes) {
         const MapLanes<A> map = coefficients.map(first + i);
         Vec<A> row_g = load(g + i), row_gx = load(gx + i);
