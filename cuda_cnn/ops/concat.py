@@ -86,7 +86,7 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, *, out: Tensor | None = None
         tensors = [t.to(dtype) for t in tensors]
     if not _library.needs_function(*tensors):
         return _library.ops.concat(tensors, dim)
-    return ConcatFunction.apply(dim, *tensors)
+    return _library.apply(ConcatFunction, dim, *tensors)
 
 
 def write_channels_(buffer: Tensor, x: Tensor, start: int) -> Tensor:

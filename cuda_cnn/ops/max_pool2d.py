@@ -104,13 +104,13 @@ class MaxPool2dGatherFunction(torch.autograd.Function):
 def max_pool2d_backward(dy: Tensor, taps: Tensor, input_size: list[int], *window: Any) -> Tensor:
     if not _library.needs_function(dy):
         return _library.ops.max_pool2d_backward(dy, taps, input_size, *window)
-    return MaxPool2dBackwardFunction.apply(dy, taps, input_size, *window)
+    return _library.apply(MaxPool2dBackwardFunction, dy, taps, input_size, *window)
 
 
 def max_pool2d_gather(x: Tensor, taps: Tensor, *window: Any) -> Tensor:
     if not _library.needs_function(x):
         return _library.ops.max_pool2d_gather(x, taps, *window)
-    return MaxPool2dGatherFunction.apply(x, taps, *window)
+    return _library.apply(MaxPool2dGatherFunction, x, taps, *window)
 
 
 def _pair(name: str, value: Any) -> list[int]:
@@ -186,7 +186,7 @@ def max_pool2d(
     )
     if _library.needs_function(input):
         function = MaxPool2dWithIndicesFunction if return_indices else MaxPool2dFunction
-        y, _, *indices = function.apply(input, *window)
+        y, _, *indices = _library.apply(function, input, *window)
     elif return_indices:
         y, _, *indices = _library.ops.max_pool2d_with_indices(input, *window)
     elif torch.is_grad_enabled() and input.requires_grad:  # traced: to be differentiated there

@@ -97,7 +97,7 @@ def subsample_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _library.needs_function(dy, x, coefficient, y):
         return _library.ops.subsample_backward(dy, x, coefficient, y, kernel_size, squash)
-    return SubsampleBackwardFunction.apply(dy, x, coefficient, y, kernel_size, squash)
+    return _library.apply(SubsampleBackwardFunction, dy, x, coefficient, y, kernel_size, squash)
 
 
 def subsample(
@@ -146,7 +146,7 @@ def subsample(
     window = [kernel_size] * 2 if isinstance(kernel_size, int) else list(kernel_size)
     if not _library.needs_function(input, coefficient, bias):
         return _library.ops.subsample(input, coefficient, bias, window, squash)
-    return SubsampleFunction.apply(input, coefficient, bias, window, squash)
+    return _library.apply(SubsampleFunction, input, coefficient, bias, window, squash)
 
 
 @torch.library.register_fake("cuda_cnn::subsample")
