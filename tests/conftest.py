@@ -4,12 +4,20 @@ A test asks for the fixture `device` and creates its tensors on it. "cuda_emulat
 on the CPU: its tensors are CPU tensors, and calls are led to the emulated library with all its checks.
 """
 
+import os
 import zlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 from emulation import Unavailable, emulated, emulated_operators
+from hypothesis import HealthCheck, settings
+
+# A busy machine or a sanitizer is no reason to fail; CI takes the same examples every time.
+settings.register_profile(
+    "cuda_cnn", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("cuda_cnn")
 
 # float32 means float32, unless a test asks for TF32 by this switch.
 torch.backends.cudnn.allow_tf32 = False
