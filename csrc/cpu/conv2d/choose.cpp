@@ -25,7 +25,7 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
   switch (algorithm) {
     case Conv2dAlgorithm::kWinograd:
       return p.dtype == DType::kFloat32 && p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 &&
-             p.dilation_h == 1 && p.dilation_w == 1 && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
+             p.dilation_h == 1 && p.dilation_w == 1 && !empty_sum(direction, p);
     case Conv2dAlgorithm::kDepthwise:
       return p.groups == p.C && p.K == p.C && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kGemm:

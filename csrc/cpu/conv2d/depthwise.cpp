@@ -101,25 +101,6 @@ void pack_filters(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase
   }
 }
 
-template <class T>
-Gather<T> forward_gather(const Conv2dParams& p) {
-  return {static_cast<const T*>(p.x),
-          p.H,
-          p.W,
-          p.x_pixel,
-          p.P,
-          p.Q,
-          p.stride_h,
-          p.stride_w,
-          -p.pad_h,
-          -p.pad_w,
-          p.R,
-          p.S,
-          p.dilation_h,
-          p.dilation_w,
-          p.C};
-}
-
 }  // namespace
 
 template <class T>

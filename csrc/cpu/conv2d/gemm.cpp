@@ -175,16 +175,10 @@ void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumul
       const int64_t part = task % cut.channel_parts, rest = task / cut.channel_parts;
       const int64_t group = rest / cut.blocks, block = rest % cut.blocks;
       const int64_t position = block * cut.tiles_a_block * kTileRows;
-      Gather<T> of_group = gather;
-      of_group.source += group * gather.channels;
-      if (gather.scale) {
-        of_group.scale += group * gather.channels;
-        of_group.shift += group * gather.channels;
-      }
-      run_task(Task<T>{of_group, scatter, panels + group * group_panels * depth * kColumns, group * columns,
-                       columns, position, min64(positions - position, cut.tiles_a_block * kTileRows),
-                       group_panels * part / cut.channel_parts, group_panels * (part + 1) / cut.channel_parts,
-                       linear});
+      run_task(Task<T>{
+          gather.of_group(group), scatter, panels + group * group_panels * depth * kColumns, group * columns,
+          columns, position, min64(positions - position, cut.tiles_a_block * kTileRows),
+          group_panels * part / cut.channel_parts, group_panels * (part + 1) / cut.channel_parts, linear});
     }
   });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/conv2d/tile.h"
+#include "kernels/conv2d.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
@@ -21,7 +22,37 @@ struct Gather {
   bool relu = false;
 
   int64_t depth() const { return R * S * channels; }
+  Gather of_group(int64_t group) const {
+    Gather of_group = *this;
+    of_group.source += group * channels;
+    if (scale) of_group.scale += group * channels, of_group.shift += group * channels;
+    return of_group;
+  }
 };
+
+// The image and taps that y of these parameters is made from, with its prologue.
+template <class T>
+Gather<T> forward_gather(const Conv2dParams& p) {
+  using Acc = Accumulator<T>;
+  return {static_cast<const T*>(p.x),
+          p.H,
+          p.W,
+          p.x_pixel,
+          p.P,
+          p.Q,
+          p.stride_h,
+          p.stride_w,
+          -p.pad_h,
+          -p.pad_w,
+          p.R,
+          p.S,
+          p.dilation_h,
+          p.dilation_w,
+          p.C / p.groups,
+          static_cast<const Acc*>(p.in_scale),
+          static_cast<const Acc*>(p.in_shift),
+          p.in_relu};
+}
 
 // Rows [position, position + count) and columns [depth_begin, depth_end) of the matrix, `step` elements
 // apart; step has room for a vector behind the columns.

@@ -33,30 +33,6 @@ Filters<T> make_filters(const Conv2dParams& p) {
 }
 
 template <class T>
-Gather<T> forward_gather(const Conv2dParams& p) {
-  using Acc = Accumulator<T>;
-  Gather<T> gather{static_cast<const T*>(p.x),
-                   p.H,
-                   p.W,
-                   p.x_pixel,
-                   p.P,
-                   p.Q,
-                   p.stride_h,
-                   p.stride_w,
-                   -p.pad_h,
-                   -p.pad_w,
-                   p.R,
-                   p.S,
-                   p.dilation_h,
-                   p.dilation_w,
-                   p.C / p.groups};
-  gather.scale = static_cast<const Acc*>(p.in_scale);
-  gather.shift = static_cast<const Acc*>(p.in_shift);
-  gather.relu = p.in_relu;
-  return gather;
-}
-
-template <class T>
 Scatter<T> forward_scatter(const Conv2dParams& p) {
   Scatter<T> scatter{static_cast<T*>(p.y), p.P, p.Q, p.y_pixel};
   scatter.bias = static_cast<const T*>(p.bias);

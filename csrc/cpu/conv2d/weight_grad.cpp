@@ -117,25 +117,8 @@ template <class T>
 void weight_grad_gemm(const Conv2dParams& p) {
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
-  const int64_t channels = p.C / p.groups, outputs = p.K / p.groups, pixels = p.N * p.P * p.Q;
-  Gather<T> gather{static_cast<const T*>(p.x),
-                   p.H,
-                   p.W,
-                   p.x_pixel,
-                   p.P,
-                   p.Q,
-                   p.stride_h,
-                   p.stride_w,
-                   -p.pad_h,
-                   -p.pad_w,
-                   p.R,
-                   p.S,
-                   p.dilation_h,
-                   p.dilation_w,
-                   channels};
-  gather.scale = static_cast<const Acc*>(p.in_scale);
-  gather.shift = static_cast<const Acc*>(p.in_shift);
-  gather.relu = p.in_relu;
+  const int64_t outputs = p.K / p.groups, pixels = p.N * p.P * p.Q;
+  const Gather<T> gather = forward_gather<T>(p);
   const T* dy = static_cast<const T*>(p.dy);
   const int64_t depth = gather.depth(), panels = ceil_div(outputs, kColumns);
   const int64_t panel_size = depth * kColumns, group_size = panels * panel_size,
@@ -148,12 +131,7 @@ void weight_grad_gemm(const Conv2dParams& p) {
       const int64_t part = task % cut.parts, range = task / cut.parts % cut.ranges;
       const int64_t group = task / (cut.parts * cut.ranges) % p.groups;
       const int64_t chunk = task / (cut.parts * cut.ranges * p.groups);
-      WeightGradTask<T> t{gather, dy + group * outputs, p.y_pixel, outputs};
-      t.gather.source += group * channels;
-      if (gather.scale) {
-        t.gather.scale += group * channels;
-        t.gather.shift += group * channels;
-      }
+      WeightGradTask<T> t{gather.of_group(group), dy + group * outputs, p.y_pixel, outputs};
       t.pixel_begin = chunk * cut.chunk, t.pixel_end = min64(pixels, t.pixel_begin + cut.chunk);
       t.d_begin = range * cut.range, t.d_end = min64(depth, t.d_begin + cut.range);
       t.panel_begin = panels * part / cut.parts, t.panel_end = panels * (part + 1) / cut.parts;

@@ -161,8 +161,28 @@ void filters_over_threads(const Problem& p, int64_t block) {
 
 }  // namespace
 
-void winograd_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* out, int64_t point_step,
-                     int64_t tile_step) {
+namespace {
+
+// The prologue of one vector of channels.
+struct ChannelMap {
+  V scale, shift;
+  bool rectify;
+
+  ChannelMap(const Gather<float>& g, int64_t channel, int64_t left)
+      : scale(broadcast(1.0f)), shift(V{}), rectify(g.relu) {
+    if (!g.scale) return;
+    scale = left >= kLane ? load(g.scale + channel) : load_first(g.scale + channel, left);
+    shift = left >= kLane ? load(g.shift + channel) : load_first(g.shift + channel, left);
+  }
+  V operator()(V x) const {
+    x = fma(x, scale, shift);
+    return rectify ? relu(x) : x;
+  }
+};
+
+template <bool kMapped>
+void transform_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* out, int64_t point_step,
+                      int64_t tile_step) {
   static const float kZeros[kLane] = {};
   for (int64_t t = begin; t < end; ++t, out += tile_step) {
     const WinogradTile tile = winograd_tile(t, g.P, g.Q);
@@ -179,12 +199,14 @@ void winograd_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* 
     for (int64_t c = 0; c < g.channels; c += kLane) {
       V x[6][6], points[6][6];
       const int64_t left = g.channels - c;
+      const ChannelMap map(g, c, left);
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) {
 #pragma GCC unroll 6
         for (int j = 0; j < 6; ++j) {
           const float* from = pixels[i][j] + c * step[i][j];
           x[i][j] = left >= kLane ? load(from) : load_first(from, left);
+          if (kMapped && step[i][j]) x[i][j] = map(x[i][j]);
         }
       }
       winograd::both_sides(winograd::input, points, x);
@@ -197,11 +219,22 @@ void winograd_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* 
   }
 }
 
+}  // namespace
+
+void winograd_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* out, int64_t point_step,
+                     int64_t tile_step) {
+  if (g.scale || g.relu) {
+    transform_inputs<true>(g, begin, end, out, point_step, tile_step);
+  } else {
+    transform_inputs<false>(g, begin, end, out, point_step, tile_step);
+  }
+}
+
 void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter,
                         const Filters<float>& filters, int64_t N, int64_t groups) {
   for (int64_t group = 0; group < groups; ++group) {
     Problem p{gather, scatter, filters, group, winograd_tiles(N, gather.P, gather.Q)};
-    p.gather.source += group * gather.channels;
+    p.gather = p.gather.of_group(group);
     // A thread's V of a block is to fill half of a 1 MiB L2.
     const int64_t fits = 524288 / (kWinogradPoints * 4 * v_tile_step(gather.channels));
     const int64_t block = max64(1, min64(fits / kTileRows, 4)) * kTileRows;

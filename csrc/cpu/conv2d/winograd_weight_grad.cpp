@@ -116,13 +116,8 @@ void group_weight_grad(const Sums& w, float* dweight) {
 
 void weight_grad_winograd(const Conv2dParams& p) {
   const int64_t channels = p.C / p.groups, outputs = p.K / p.groups;
-  Sums w{{static_cast<const float*>(p.x), p.H, p.W, p.x_pixel, p.P, p.Q, 1, 1, -p.pad_h, -p.pad_w, 3, 3, 1, 1,
-          channels},
-         static_cast<const float*>(p.dy),
-         p.y_pixel,
-         outputs,
-         ceil_div(outputs, kColumns),
-         winograd_tiles(p.N, p.P, p.Q)};
+  Sums w{forward_gather<float>(p),    static_cast<const float*>(p.dy), p.y_pixel, outputs,
+         ceil_div(outputs, kColumns), winograd_tiles(p.N, p.P, p.Q)};
   w.v_tile = ceil_div(channels, kLane) * kLane + kPad;
   // V and M of a block stay in two L2 of 1 MiB; but dU passes through memory for each block, so they are not
   // too short.
@@ -134,7 +129,7 @@ void weight_grad_winograd(const Conv2dParams& p) {
   w.u_panel = kWinogradPoints * w.u_point;
   for (int64_t group = 0; group < p.groups; ++group) {
     Sums of_group = w;
-    of_group.gather.source += group * channels;
+    of_group.gather = w.gather.of_group(group);
     of_group.dy += group * outputs;
     group_weight_grad(of_group, static_cast<float*>(p.dweight) + group * outputs * 9 * channels);
   }
