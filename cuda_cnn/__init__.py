@@ -5,8 +5,9 @@ from cuda_cnn import _extension  # noqa: F401  (first: it checks the build, load
 # isort: split
 from cuda_cnn import backends, functional, nn, reference
 from cuda_cnn._build_info import build_info as _build_info
+from cuda_cnn.convert import convert, revert
 from cuda_cnn.models import create_model, list_models
 
 __version__: str = _build_info()["version"]
 
-__all__ = ["backends", "create_model", "functional", "list_models", "nn", "reference"]
+__all__ = ["backends", "convert", "create_model", "functional", "list_models", "nn", "reference", "revert"]

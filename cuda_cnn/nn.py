@@ -3,12 +3,41 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from cuda_cnn import functional as F
 from cuda_cnn.models.rbf import EuclideanRBF
+from cuda_cnn.ops.subsample import AMPLITUDE, SLOPE
+from cuda_cnn.ops.sync_batch_norm import sync_batch_norm
 
-__all__ = ["BatchNorm2d", "Concat", "Conv2d", "EuclideanRBF", "LocalResponseNorm", "MaxPool2d", "Subsample2d"]
+__all__ = [
+    "BatchNorm2d",
+    "Concat",
+    "Conv2d",
+    "EuclideanRBF",
+    "LocalResponseNorm",
+    "MaxPool2d",
+    "Subsample2d",
+    "SyncBatchNorm",
+    "TorchConcat",
+    "TorchSubsample2d",
+]
+
+
+def _count_batch(
+    norm: torch.nn.modules.batchnorm._BatchNorm,
+) -> tuple[Tensor | None, Tensor | None, bool, float]:
+    """Counts a batch, as torch's layer does, and gives (running_mean, running_var, training, momentum) for it."""
+    momentum = norm.momentum or 0.0
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the mean of all batches so far
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    # In training without tracking, statistics that a caller has put there are not touched.
+    keep = norm.track_running_stats or not norm.training
+    running_mean, running_var = (norm.running_mean, norm.running_var) if keep else (None, None)
+    training = norm.training or (norm.running_mean is None and norm.running_var is None)
+    return running_mean, running_var, training, momentum
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
@@ -19,15 +48,7 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
         self._check_input_dim(input)
-        momentum = self.momentum or 0.0
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the mean of all batches so far
-                momentum = 1.0 / float(self.num_batches_tracked)
-        # In training without tracking, statistics that a caller has put there are not touched.
-        keep = self.track_running_stats or not self.training
-        running_mean, running_var = (self.running_mean, self.running_var) if keep else (None, None)
-        training = self.training or (self.running_mean is None and self.running_var is None)
+        running_mean, running_var, training, momentum = _count_batch(self)
         return F.batch_norm(
             input,
             running_mean,
@@ -84,6 +105,31 @@ class MaxPool2d(torch.nn.MaxPool2d):
         return F.max_pool2d(input, *window, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
 
 
+class SyncBatchNorm(torch.nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm`, on a CPU too: in training under torch.distributed the statistics are those of the
+    images of all processes of the group; else it is batch normalisation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        running_mean, running_var, training, momentum = _count_batch(self)
+        group = self.process_group
+        if self.training and distributed.is_available() and distributed.is_initialized():
+            group = group or distributed.group.WORLD
+            if distributed.get_world_size(group) > 1:
+                parameters = self.weight, self.bias, momentum, self.eps
+                return sync_batch_norm(input, running_mean, running_var, *parameters, group)
+        parameters = self.weight, self.bias, training, momentum, self.eps
+        return F.batch_norm(input, running_mean, running_var, *parameters)
+
+
+class TorchConcat(Concat):
+    """:class:`Concat` in torch's functions, which `cuda_cnn.revert` makes of it."""
+
+    def forward(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat(tuple(tensors), self.dim)
+
+
 class Subsample2d(torch.nn.Module):
     """LeNet-5's S layers: :func:`cuda_cnn.functional.subsample` with a coefficient and a bias for each map.
 
@@ -109,3 +155,14 @@ class Subsample2d(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.coefficient)}, kernel_size={self.kernel_size}, squash={self.squash!r}"
+
+
+class TorchSubsample2d(Subsample2d):
+    """:class:`Subsample2d` in torch's functions, which `cuda_cnn.revert` makes of it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        cells = torch.nn.functional.avg_pool2d(input, self.kernel_size, divisor_override=1)
+        a = self.coefficient[:, None, None] * cells + self.bias[:, None, None]
+        if self.squash == "tanh":
+            return AMPLITUDE * torch.tanh(SLOPE * a)
+        return torch.sigmoid(a) if self.squash == "sigmoid" else a

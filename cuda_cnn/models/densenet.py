@@ -13,6 +13,7 @@ from torch.nn import AvgPool2d, Linear, Module, ModuleDict, ReLU, Sequential, in
 from torch.utils.checkpoint import checkpoint
 
 from cuda_cnn import functional, nn
+from cuda_cnn.convert import register_torch_form
 
 from .base import ConvNet
 from .registry import register_model
@@ -117,6 +118,18 @@ class DenseBlock(ModuleDict):
         for layer in self.values():
             maps = _Append.apply(maps, layer(maps), buffer)
         return maps
+
+
+class TorchDenseBlock(DenseBlock):
+    """The same with torch's concatenations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.values():
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+register_torch_form(TorchDenseBlock, DenseBlock, "concat")
 
 
 def _in_plain_eager(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from .. import nn as cnn
+from ..convert import register_torch_form
 from .rbf import CHARACTERS, EuclideanRBF
 from .registry import register_model
 
@@ -54,6 +55,16 @@ class TableConv2d(nn.Module):
         return (
             f"{self.in_channels}, {len(self.table)}, kernel_size={self.kernel_size}, pairs={len(self.weight)}"
         )
+
+
+class TorchTableConv2d(TableConv2d):
+    """The same on torch's convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.dense_weight(), self.bias)
+
+
+register_torch_form(TorchTableConv2d, TableConv2d, "conv2d")
 
 
 class SquashingTanh(nn.Module):
