@@ -6,8 +6,18 @@ from cuda_cnn import _extension  # noqa: F401  (first: it checks the build, load
 from cuda_cnn import backends, functional, nn, reference
 from cuda_cnn._build_info import build_info as _build_info
 from cuda_cnn.convert import convert, revert
-from cuda_cnn.models import create_model, list_models
+from cuda_cnn.models import create_model, list_models, load_weights
 
 __version__: str = _build_info()["version"]
 
-__all__ = ["backends", "convert", "create_model", "functional", "list_models", "nn", "reference", "revert"]
+__all__ = [
+    "backends",
+    "convert",
+    "create_model",
+    "functional",
+    "list_models",
+    "load_weights",
+    "nn",
+    "reference",
+    "revert",
+]

@@ -13,7 +13,8 @@ from .models.rbf import ascii_drawing
 from .train import pictures
 from .train.commands import device
 from .train.data import BACKGROUND, INK, Data, load_data
-from .train.loop import Evaluation, Interrupted, Trainer
+from .train.evaluation import Evaluation
+from .train.loop import Interrupted, Trainer
 from .train.progress import Progress
 from .train.recipes import load_recipe
 

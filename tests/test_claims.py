@@ -50,7 +50,13 @@ def test_measures_of_a_run():
     ],
 )
 def test_what_counts_as_seen(name, means, seen):
-    assert CLAIMS[name].seen(means) is seen
+    assert CLAIMS[name].seen({form: [mean] for form, mean in means.items()}) is seen
+
+
+def test_a_difference_within_the_seeds_spread_is_not_seen():
+    seen = CLAIMS["lrn"].seen
+    assert seen({"without LRN": [0.03, 0.031, 0.032], "with LRN": [0.02, 0.021, 0.022]})
+    assert not seen({"without LRN": [0.03, 0.01, 0.05], "with LRN": [0.02, 0.05, 0.018]})
 
 
 @pytest.mark.parametrize(
@@ -59,7 +65,7 @@ def test_what_counts_as_seen(name, means, seen):
 )
 def test_degradation_needs_both_halves(losses, seen):
     claim = CLAIMS["degradation"]
-    assert claim.seen(dict(zip(claim.forms, losses, strict=True))) is seen
+    assert claim.seen({form: [loss] for form, loss in zip(claim.forms, losses, strict=True)}) is seen
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -68,8 +74,7 @@ def test_forms_are_built_from_options_of_their_network(name):
     for form in claim.forms.values():
         accepted = builder_parameters(form.get("model", claim.recipe.model))
         assert "kwargs" in accepted or set(form) - {"model"} <= set(accepted)
-    means = dict.fromkeys(claim.forms, 1.0)
-    assert claim.seen(means) in (True, False)
+    assert claim.seen(dict.fromkeys(claim.forms, [1.0, 1.0])) in (True, False)
 
 
 def test_reproduce_trains_every_form_with_every_seed(tmp_path):
@@ -81,7 +86,7 @@ def test_reproduce_trains_every_form_with_every_seed(tmp_path):
     again = reproduce(claim, some_data(), seeds=1, epochs=1)
     for form, runs in again.runs.items():
         assert runs[0].history == outcome.runs[form][0].history
-    assert outcome.means().keys() == claim.forms.keys()
+    assert {form: len(values) for form, values in outcome.measures().items()} == dict.fromkeys(claim.forms, 2)
     assert outcome.draw(tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -95,9 +100,16 @@ def test_a_run_that_blows_up_has_not_learned():
         assert run.test_error() == pytest.approx(0.9)
 
 
+def test_each_form_has_its_best_learning_rate():
+    claim = dataclasses.replace(CLAIMS["relu"], measure=Run.loss, learning_rates=(1e-6, 1e-2))
+    outcome = reproduce(claim, some_data(), seeds=1, epochs=2)
+    assert [runs[0].trainer.recipe.lr for runs in outcome.runs.values()] == [1e-2, 1e-2]
+    assert "best learning rate 0.01" in outcome.lines()[1]
+
+
 def test_drawing_measures_f6():
     outcome = reproduce(CLAIMS["drawing"], some_data(), seeds=1, epochs=1)
-    assert 0 < outcome.means()["lenet5"] < 1
+    assert 0 < outcome.measures()["lenet5"][0] < 1
 
 
 def test_smaller_pictures():

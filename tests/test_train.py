@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cuda_cnn import create_model
-from cuda_cnn.train import loop
 from cuda_cnn.train.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -21,7 +20,8 @@ from cuda_cnn.train.checkpoint import (
 )
 from cuda_cnn.train.data import Data, ImageSet, load_data
 from cuda_cnn.train.diagnose import NonFiniteError, first_non_finite
-from cuda_cnn.train.loop import Evaluation, Interrupted, Trainer, evaluate
+from cuda_cnn.train.evaluation import Evaluation, evaluate, scores
+from cuda_cnn.train.loop import Interrupted, Trainer
 from cuda_cnn.train.recipes import Recipe, list_recipes, load_recipe
 
 pytest.importorskip("sklearn", reason="the bundled digits need scikit-learn")
@@ -81,8 +81,8 @@ def test_resumed_run_equals_an_unbroken_one(data, unbroken, tmp_path, stop_after
     broken = trainer(data)
     step, steps = broken._train_step, []
 
-    def stop_there(images, labels):
-        result = step(images, labels)
+    def stop_there(*batch):
+        result = step(*batch)
         steps.append(None)
         if len(steps) == stop_after:
             broken._stop.set()
@@ -147,7 +147,7 @@ def test_letters_are_drawn_where_the_classes_are_letters(data):
 def test_log_is_written(data, tmp_path):
     trainer(data, RECIPE.override(epochs=2)).fit(tmp_path)
     lines = (tmp_path / "log.csv").read_text().splitlines()
-    assert lines[0] == "epoch,train_loss,train_accuracy,test_accuracy" and len(lines) == 3
+    assert lines[0] == "epoch,learning_rate,train_loss,train_accuracy,test_accuracy" and len(lines) == 3
 
 
 # ---- Checkpoints
@@ -366,16 +366,16 @@ def test_checkpoint_of_other_classes_is_named(saved, data):
 
 
 def test_evaluation_counts():
-    scores = torch.tensor([[2.0, 1, 0], [0, 1, 2], [0, 3, 1], [5, 0, 0]])
-    result = Evaluation(scores, torch.tensor([0, 2, 2, 1]))
+    said = torch.tensor([[2.0, 1, 0], [0, 1, 2], [0, 3, 1], [5, 0, 0]])
+    result = Evaluation(said, torch.tensor([0, 2, 2, 1]))
     assert result.accuracy == 0.5
     assert result.confusion().tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 1]]
 
 
 def test_scores_are_larger_for_the_better():
     penalties = torch.tensor([[3.0, 1.0]])
-    assert loop.scores(create_model("lenet5"), penalties).argmax(1).item() == 1
-    assert loop.scores(create_model("lenet5_modern"), penalties).argmax(1).item() == 0
+    assert scores(create_model("lenet5"), penalties).argmax(1).item() == 1
+    assert scores(create_model("lenet5_modern"), penalties).argmax(1).item() == 0
 
 
 def test_other_datasets_go_through_the_loader(data):

@@ -335,20 +335,10 @@ def test_evaluate_with_several_views(tmp_path, capsys):
     assert "expected --scales such as 256,384,512, got 'big'" in capsys.readouterr().err
 
 
-def test_init_from_is_for_vgg(tmp_path, capsys):
+def test_init_from_another_network_is_named(tmp_path, capsys):
     train = ImageSet(torch.rand(4, 1, 32, 32), torch.arange(4))
-    Trainer(
-        Recipe("lenet5_modern", epochs=1, threads=1),
-        Data("digits", train, train, list("0123456789"), (1, 32, 32)),
-    ).fit(tmp_path)
-    command = [
-        "train",
-        "--model",
-        "lenet5_modern",
-        "--init-from",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "new"),
-    ]
+    data = Data("digits", train, train, list("0123456789"), (1, 32, 32))
+    Trainer(Recipe("lenet5_modern", epochs=1, threads=1), data).fit(tmp_path)
+    command = ["train", "--init-from", str(tmp_path), "--out", str(tmp_path / "new")]
     assert cli.main(command) == 2
-    assert "--init-from is for VGG networks" in capsys.readouterr().err
+    assert "another network's weights" in capsys.readouterr().err

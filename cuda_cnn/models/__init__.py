@@ -4,5 +4,6 @@ Their modules are imported on the first call, so that importing this package nee
 """
 
 from .registry import create_model, list_models, register_model
+from .weights import load_weights
 
-__all__ = ["create_model", "list_models", "register_model"]
+__all__ = ["create_model", "list_models", "load_weights", "register_model"]

@@ -7,14 +7,17 @@ the same generator state gives the same pictures.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from ..models.registry import nearest
 from .colour import ColourNoise
 from .crops import Crop, Flip, ScaleJitter
+from .vision import Transform
 
 __all__ = ["AUGMENTATIONS", "Affine", "build"]
 
@@ -50,19 +53,26 @@ AUGMENTATIONS = {
     "crop": Crop,
     "flip": Flip,
     "scale_jitter": ScaleJitter,
+    "torchvision": Transform,
 }
 
 
-def build(descriptions: list[dict]) -> list:
-    """Instances for a recipe's list of {"name": …, argument: …}. Raises ValueError for unknown ones."""
+def build(descriptions: list[dict], train: Dataset | None = None) -> list:
+    """Instances for a recipe's list of {"name": …, argument: …}; `train` for those that look at the training set.
+
+    Raises ValueError for unknown names and arguments.
+    """
     steps = []
     for description in descriptions:
         arguments = dict(description)
         name = arguments.pop("name", None)
         if name not in AUGMENTATIONS:
             raise ValueError(f"unknown augmentation {name!r}{nearest(str(name), AUGMENTATIONS)}")
+        make = AUGMENTATIONS[name]
+        if arguments.pop("of", None) == "train":  # computed from the training set
+            make = partial(make.of_dataset, train)
         try:
-            steps.append(AUGMENTATIONS[name](**arguments))
+            steps.append(make(**arguments))
         except TypeError as error:
             raise ValueError(f"augmentation {name!r}: {error}") from error
     return steps

@@ -23,6 +23,7 @@ __all__ = ["CheckpointError", "load_checkpoint", "restore_model", "save_checkpoi
 
 STATE_FILE, WEIGHTS_FILE = "checkpoint.pt", "weights.safetensors"
 DESCRIPTION = ("format", "model", "model_args", "classes", "shape", "data")
+OPTIONAL = ("levels", "recipe")
 FORMAT = 1
 
 
@@ -60,7 +61,7 @@ def save_checkpoint(folder: str | Path, state: dict) -> None:
     except ImportError:
         return
     weights = {name: t.detach().cpu().contiguous() for name, t in state["weights"].items()}
-    description = {key: json.dumps(state[key]) for key in DESCRIPTION}
+    description = {key: json.dumps(state[key]) for key in (*DESCRIPTION, *OPTIONAL) if key in state}
     write_atomic(Path(folder) / WEIGHTS_FILE, lambda file: file.write(save(weights, description)))
 
 
@@ -114,9 +115,9 @@ def _read_safetensors(path: Path) -> dict:
 
     try:
         with safe_open(path, framework="pt") as file:
-            description = {
-                key: json.loads(text) for key, text in (file.metadata() or {}).items() if key in DESCRIPTION
-            }
+            known = (*DESCRIPTION, *OPTIONAL)
+            metadata = file.metadata() or {}
+            description = {key: json.loads(text) for key, text in metadata.items() if key in known}
             return {**description, "weights": {name: file.get_tensor(name) for name in list(file.keys())}}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: truncated or corrupt checkpoint ({error})") from error

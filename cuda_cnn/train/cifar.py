@@ -85,7 +85,8 @@ def _load(kind: str, folder: str, layout: Layout) -> Data:
     train, test = (ImageSet((images - mean) / deviation, labels) for images, labels in sets)
     if len(names) != layout.classes:
         names = [str(i) for i in range(layout.classes)]
-    return Data(f"{kind}:{folder}", train, test, names, (3, 32, 32))
+    levels = tuple(tuple(level.flatten().tolist()) for level in (mean, deviation))
+    return Data(f"{kind}:{folder}", train, test, names, (3, 32, 32), levels)
 
 
 def _reader(folder: Path, layout: Layout) -> tuple[Callable[[str], tuple[Tensor, Tensor]], list[str]]:

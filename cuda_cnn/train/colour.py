@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Generator, Tensor
+from torch.utils.data import Dataset
 
 __all__ = ["IMAGENET_EIGENVALUES", "IMAGENET_EIGENVECTORS", "ColourNoise"]
 
@@ -14,6 +17,7 @@ IMAGENET_EIGENVECTORS = (  # in columns
     (-0.5808, -0.0045, -0.8140),
     (-0.5836, -0.6948, 0.4203),
 )
+SAMPLE = 1000
 
 
 class ColourNoise:
@@ -45,6 +49,20 @@ class ColourNoise:
         pixels = images.double().transpose(0, 1).flatten(1)
         eigenvalues, eigenvectors = torch.linalg.eigh(torch.cov(pixels, correction=0))
         return cls(std, eigenvalues.flip(0).float(), eigenvectors.flip(1).float())
+
+    @classmethod
+    def of_dataset(
+        cls, train: Dataset, std: float = 0.1, scale: float | tuple[float, ...] = 1.0
+    ) -> ColourNoise:
+        """With the eigenvectors of a training set, of 1,000 of its pictures where it is larger: a recipe's
+        `{"name": "colour_noise", "of": "train", "scale": …}`."""
+        chosen = range(0, len(train), math.ceil(len(train) / SAMPLE))
+        images = torch.stack([train[i][0] for i in chosen])
+        _check(images)
+        divisor = torch.as_tensor(scale)
+        noise = cls.of(images * divisor.view(-1, 1, 1), std)
+        noise.scale = divisor
+        return noise
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
         _check(images)

@@ -56,24 +56,31 @@ class ImageSet(Dataset):
 
 @dataclass
 class Data:
-    """A training and a test set, the names of the classes, and the shape of one picture (C, H, W)."""
+    """A training and a test set, the names of the classes, and the shape of one picture (C, H, W).
+
+    levels: the mean and the deviation of each channel that pixels of 0 … 1 were normalised with; empty for
+    pictures of ink on paper.
+    """
 
     name: str
     train: Dataset
     test: Dataset
     classes: list[str]
     shape: tuple[int, int, int]
+    levels: tuple = ()
 
 
-def load_data(spec: str) -> Data:
+def load_data(spec: str, strict: bool = False) -> Data:
     """Reads the data set called `spec`: "digits", or KIND:FOLDER.
+
+    strict: a picture file that cannot be read is an error; else such files are skipped, and counted on stderr.
 
     Raises DataError, which names the file and what is wrong with it.
     """
     kind, _, folder = spec.partition(":")
     if kind not in SOURCES:
         raise DataError(f"unknown data set {kind!r}{nearest(kind, SOURCES)}")
-    return SOURCES[kind](folder)
+    return SOURCES[kind](folder, strict) if kind == "imagefolder" else SOURCES[kind](folder)
 
 
 def ink(pictures: Tensor, box: int = DIGIT_BOX, size: int = PICTURE_SIZE) -> Tensor:
@@ -177,15 +184,16 @@ def _find_idx(folder: Path, stem: str, kind: str) -> Path:
     raise DataError(f"{folder}: no {names[0]} or {names[1]} in it")
 
 
-def _from(module: str, name: str) -> Callable[[str], Data]:
+def _from(module: str, name: str) -> Callable[..., Data]:
     """A source whose module is imported on its first use."""
-    return lambda folder: getattr(importlib.import_module(module, __package__), name)(folder)
+    return lambda *arguments: getattr(importlib.import_module(module, __package__), name)(*arguments)
 
 
-SOURCES: dict[str, Callable[[str], Data]] = {
+SOURCES: dict[str, Callable[..., Data]] = {
     "digits": digits,
     "mnist": mnist,
     "cifar10": _from(".cifar", "cifar10"),
     "cifar100": _from(".cifar", "cifar100"),
     "imagefolder": _from(".imagefolder", "imagefolder"),
+    "torchvision": _from(".vision", "dataset"),
 }

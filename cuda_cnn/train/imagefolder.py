@@ -9,6 +9,7 @@ expect.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,18 +61,29 @@ def imagefolder(folder: str, strict: bool = False) -> Data:
         train, test = (Pictures([files[i] for i in part], labels[part]) for part in split_held_out(labels))
         if not len(test):
             raise DataError(f"{folder}: too few pictures to hold out a fifth of each class for the test")
-    return Data(f"imagefolder:{folder}", train, test, classes, (3, SIDE, SIDE))
+    return Data(f"imagefolder:{folder}", train, test, classes, (3, SIDE, SIDE), (MEAN, DEVIATION))
 
 
-def read_picture(path: Path, side: int = SIDE) -> Tensor:
-    """(3, side, side), normalised. Raises DataError, naming the file, where it is not a readable picture."""
-    image = _decoded(path)
+def read_picture(
+    path: Path, side: int = SIDE, mean: Sequence[float] = MEAN, deviation: Sequence[float] = DEVIATION
+) -> Tensor:
+    """(3, side, side), normalised with each channel's mean and deviation.
+
+    Raises DataError, naming the file, where it is not a readable picture.
+    """
+    return prepared(_decoded(path), side, mean, deviation)
+
+
+def prepared(
+    image, side: int, mean: Sequence[float] = MEAN, deviation: Sequence[float] = DEVIATION
+) -> Tensor:
+    """A PIL picture in RGB, its shorter side scaled to `side`, the middle of it, normalised."""
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     left, top = (width - side) // 2, (height - side) // 2
     image = image.resize((width, height), resample=2)  # bilinear
     pixels = torch.from_numpy(numpy.array(image.crop((left, top, left + side, top + side))))
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    mean, deviation = (torch.as_tensor(values).view(3, 1, 1) for values in (mean, deviation))
     return (pixels.permute(2, 0, 1).float().div(255) - mean) / deviation
 
 

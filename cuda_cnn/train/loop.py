@@ -6,181 +6,167 @@ other random state is in the checkpoint, so a run that was broken off continues 
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from ..models import create_model
 from ..models.registry import builder_parameters
 from . import augmentation
-from .checkpoint import CheckpointError, save_checkpoint, write_atomic
+from .checkpoint import CheckpointError, save_checkpoint
 from .crops import centre_test
-from .data import Data, ImageSet
-from .diagnose import NonFiniteError, first_non_finite
-from .optimisation import make_loss, make_optimizer, schedule_factor
+from .data import Data
+from .diagnose import NonFiniteError
+from .evaluation import Evaluation, batches, evaluate
+from .logs import write_csv
+from .optimisation import schedule_factor
 from .progress import Progress
 from .recipes import Recipe
+from .step import Step
+from .workers import Workers
 
-__all__ = ["Evaluation", "Interrupted", "Trainer", "evaluate", "scores"]
-
-LOG_FILE = "log.csv"
+__all__ = ["Interrupted", "Trainer"]
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, after the checkpoint was written."""
 
 
-@dataclass
-class Evaluation:
-    """Scores (N, K; larger is better) and right answers (N) of a data set."""
-
-    scores: Tensor
-    labels: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        return (self.scores.argmax(1) == self.labels).double().mean().item()
-
-    def confusion(self) -> Tensor:
-        """(K, K) counts: row is the right class, column the predicted one."""
-        k = self.scores.size(1)
-        return torch.bincount(self.labels * k + self.scores.argmax(1), minlength=k * k).reshape(k, k)
-
-
-def scores(model: nn.Module, output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """A network's output as scores, larger is better: minus the penalties where it gives penalties; those of the
-    main classifier, the first, where there are auxiliary ones."""
-    output = output[0] if isinstance(output, tuple) else output
-    return -output if getattr(model, "penalties", False) else output
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    dataset: Dataset,
-    device: str | torch.device = "cpu",
-    batch_size: int = 256,
-    test: Callable[[nn.Module, Tensor], Tensor] | None = None,
-) -> Evaluation:
-    """Runs the network in eval mode over a data set. test: (network, images) to scores, one of crops.py's tests."""
-    was_training = model.training
-    model.eval()
-    outputs, labels = [], []
-    for images, target in batches(dataset, torch.arange(len(dataset)), batch_size):
-        images = images.to(device)
-        outputs.append((test(model, images) if test else scores(model, model(images))).cpu())
-        labels.append(target)
-    model.train(was_training)
-    return Evaluation(torch.cat(outputs), torch.cat(labels))
-
-
-def batches(
-    dataset: Dataset, order: Tensor, batch_size: int, workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) of `order`'s indices, batch by batch."""
-    indices = [i for i in order.split(batch_size) if len(i)]
-    if isinstance(dataset, ImageSet):
-        return (dataset[i] for i in indices)
-    return iter(DataLoader(dataset, batch_sampler=[i.tolist() for i in indices], num_workers=workers))
-
-
 class Trainer:
     """Trains one network by a recipe.
 
-    recipe.model is built for the data's classes and channels, with weights drawn from `seed`.
+    recipe.model is built for the data's classes and channels, with weights drawn from `seed`. workers: this
+    process's place among several that train together; each takes batches of recipe.batch_size.
+
+    Raises ValueError where recipe, network and data do not fit one another.
     """
 
-    def __init__(self, recipe: Recipe, data: Data, seed: int = 0, device: str | torch.device = "cpu"):
-        self.recipe, self.data, self.seed, self.device = recipe, data, seed, torch.device(device)
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Data,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        workers: Workers | None = None,
+    ):
+        self.recipe, self.data, self.seed = recipe, data, seed
+        self.workers = workers or Workers()
         self.model_args = {**model_arguments(recipe.model, data), **recipe.model_args}
         torch.manual_seed(seed)
-        self.model = create_model(recipe.model, **self.model_args).to(self.device)
-        self.loss = make_loss(recipe, self.model)
-        self.augment = augmentation.build(recipe.augment)
+        model = create_model(recipe.model, **self.model_args)
+        self.device = getattr(model, "devices", [torch.device(device)])[0]
+        self.augment = augmentation.build(recipe.augment, data.train)
         self.test = partial(centre_test, size=recipe.test_crop) if recipe.test_crop else None
-        self.optimizer = make_optimizer(self.model.parameters(), recipe)
         schedule_factor(recipe, 0.0, [])
+        self._rehearse(model)
+        self.optimise = Step(recipe, model, self.device, self.workers)
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0, 0]
         self.history: list[dict] = []
         self._stop = threading.Event()
 
     @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.data.train) / self.recipe.batch_size)
+    def model(self) -> nn.Module:
+        """The network as it is to be used: with the running average of its weights, where there is one."""
+        return self.optimise.trained
 
-    def fit(self, folder: str | Path | None = None, progress: Progress | None = None) -> Evaluation:
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, rest = divmod(len(self.data.train), self.recipe.batch_size * self.workers.count)
+        return whole + (rest >= self.workers.count)
+
+    def fit(
+        self,
+        folder: str | Path | None = None,
+        progress: Progress | None = None,
+        log: Callable[[dict], None] | None = None,
+        save_every: int = 0,
+    ) -> Evaluation:
         """Trains to the recipe's last epoch, a checkpoint in `folder` after each; returns the test's result.
 
-        Ctrl-C and SIGTERM finish the step, save and raise Interrupted. Raises NonFiniteError on a NaN loss.
+        log: called with each epoch's row. save_every: also a checkpoint after so many steps; 0: none.
+
+        Ctrl-C and SIGTERM finish the step, save and raise Interrupted. Raises NonFiniteError on a NaN loss,
+        WorkerLostError where another worker has gone: the last checkpoint is then whole.
         """
-        progress = progress or Progress(silent=True)
-        with progress, self._stop_on_signals(), cpu_threads(self.recipe.threads):
+        progress, result = progress or Progress(silent=True), None
+        with progress, self._stop_on_signals(), cpu_threads(self.recipe.threads), self.workers.watched():
+            if self.workers.count > 1 and not self.epoch and not self.step:
+                self._save(folder)  # a worker may be lost at any time
             while self.epoch < self.recipe.epochs:
                 progress.start(self.epoch, self.recipe.epochs, self.steps_per_epoch, self.step)
-                self._train_epoch(folder, progress)
-                result = evaluate(self.model, self.data.test, self.device, test=self.test)
-                self._end_epoch(result, progress)
+                self._train_epoch(folder, progress, save_every)
+                result = self.evaluate()
+                row = self._end_epoch(result)
+                progress.end_epoch(row)
+                if log:
+                    log(row)
                 self._save(folder)
-        return evaluate(self.model, self.data.test, self.device, test=self.test)
+            return result or self.evaluate()
 
-    def _train_epoch(self, folder: str | Path | None, progress: Progress) -> None:
-        self.model.train()
+    def evaluate(self) -> Evaluation:
+        return evaluate(
+            self.model,
+            self.data.test,
+            self.device,
+            test=self.test,
+            loaders=self.recipe.loaders,
+            workers=self.workers,
+        )
+
+    def _train_epoch(self, folder: str | Path | None, progress: Progress, save_every: int) -> None:
+        self.optimise.model.train()
         order = torch.randperm(len(self.data.train), generator=self._generator(0))
-        rest = order[self.step * self.recipe.batch_size :]
-        for images, labels in batches(self.data.train, rest, self.recipe.batch_size):
-            loss, correct = self._train_step(images, labels)
+        done = self.step * self.recipe.batch_size * self.workers.count
+        indices, sizes = self.workers.shard(order[done:], self.recipe.batch_size)
+        for (images, labels), size in zip(
+            batches(self.data.train, indices, self.recipe.loaders), sizes, strict=True
+        ):
+            result = self._train_step(images, labels, size)
             self.step += 1
-            self.sums = [
-                self.sums[0] + loss * len(labels),
-                self.sums[1] + correct,
-                self.sums[2] + len(labels),
-            ]
+            self.sums = [total + new for total, new in zip(self.sums, result, strict=True)]
             progress.step(self.sums[0] / self.sums[2], self.sums[1] / self.sums[2])
-            if self._stop.is_set():
+            if self.workers.any(self._stop.is_set(), self.device):
                 self._save(folder)
                 raise Interrupted(f"stopped in epoch {self.epoch + 1}, step {self.step}")
+            if save_every and self.step % save_every == 0:
+                self._save(folder)
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        done = (self.epoch * self.steps_per_epoch + self.step) / (self.recipe.epochs * self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * schedule_factor(self.recipe, done, self.history)
+    def _train_step(self, images: Tensor, labels: Tensor, of_all: int) -> tuple[float, int, int]:
+        for group in self.optimise.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
         generator = self._generator(self.step + 1)
         for change in self.augment:
             images = change(images, generator)
-        images, labels = images.to(self.device), labels.to(self.device)
-        output = self.model(images)
-        loss = self.loss(output, labels)
-        if not math.isfinite(value := loss.item()):
-            where = first_non_finite(self.model, images)
+        try:
+            return self.optimise(images, labels, of_all)
+        except NonFiniteError as error:
+            value, where = error.args
             raise NonFiniteError(
                 f"the loss became {value} in epoch {self.epoch + 1}, step {self.step + 1}: "
                 f"it comes from {where}. Try a smaller learning rate than {self.recipe.lr}."
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return value, int((scores(self.model, output).argmax(1) == labels).sum())
+            ) from None
 
-    def _end_epoch(self, result: Evaluation, progress: Progress) -> None:
-        self.epoch, self.step = self.epoch + 1, 0
+    def _learning_rate(self) -> float:
+        done = (self.epoch * self.steps_per_epoch + self.step) / (self.recipe.epochs * self.steps_per_epoch)
+        return self.recipe.lr * schedule_factor(self.recipe, done, self.history)
+
+    def _end_epoch(self, result: Evaluation) -> dict:
         row = {
-            "epoch": self.epoch,
+            "epoch": self.epoch + 1,
+            "learning_rate": self.optimise.optimizer.param_groups[0]["lr"],
             "train_loss": self.sums[0] / self.sums[2],
             "train_accuracy": self.sums[1] / self.sums[2],
             "test_accuracy": result.accuracy,
         }
-        self.sums = [0.0, 0, 0]
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0, 0, 0]
         self.history.append(row)
-        progress.end_epoch(row)
+        return row
 
     def state(self) -> dict:
         """All that a later `restore` needs to go on to the same numbers: plain types and tensors."""
@@ -190,16 +176,17 @@ class Trainer:
             "model_args": self.model_args,
             "classes": list(self.data.classes),
             "shape": list(self.data.shape),
+            "levels": [list(level) for level in self.data.levels],
             "data": self.data.name,
             "recipe": self.recipe.to_dict(),
             "seed": self.seed,
+            "workers": self.workers.count,
             "epoch": self.epoch,
             "step": self.step,
             "sums": self.sums,
             "history": self.history,
             "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "weights": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.optimise.state(),
         }
 
     def restore(self, state: dict) -> None:
@@ -210,9 +197,13 @@ class Trainer:
             raise CheckpointError(
                 f"the checkpoint has classes {state['classes']}, the data {self.data.classes}"
             )
+        if (before := state.get("workers", 1)) != self.workers.count:
+            raise CheckpointError(
+                f"the checkpoint is of {before} worker(s), this run has {self.workers.count}: the batches would be "
+                f"others. Start with: torchrun --nproc-per-node={before} -m cuda_cnn train …"
+            )
         try:
-            self.model.load_state_dict(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimise.restore(state)
             self.epoch, self.step, self.sums = state["epoch"], state["step"], state["sums"]
             self.history = state["history"]
             torch.set_rng_state(state["random"]["cpu"])
@@ -222,11 +213,27 @@ class Trainer:
             raise CheckpointError(f"the checkpoint does not belong to this run: {error}") from error
 
     def _save(self, folder: str | Path | None) -> None:
-        if folder is not None:
+        if folder is not None and self.workers.rank == 0:
             save_checkpoint(folder, self.state())
-            rows = [self.history[0].keys(), *(row.values() for row in self.history)] if self.history else []
-            table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-            write_atomic(Path(folder) / LOG_FILE, lambda file: file.write(table.encode()))
+            write_csv(folder, self.history)
+
+    @torch.no_grad()
+    def _rehearse(self, model: nn.Module) -> None:
+        """One picture through augmentation and network, one through the test: what does not fit raises ValueError
+        now, not hours later."""
+        if not len(self.data.train) or not len(self.data.test):
+            raise ValueError(f"{self.data.name}: no picture to train with, or none for the test")
+        model.eval()
+        image, seen = self.data.train[0][0][None], self.data.test[0][0][None]
+        for change in self.augment:
+            image = change(image, torch.Generator())
+        for x, network in ((image, model), (seen, partial(self.test, model) if self.test else model)):
+            if (shape := list(network(x).shape)) != [1, len(self.data.classes)]:
+                raise ValueError(
+                    f"{self.recipe.model} gives {shape} for one picture of {list(x.shape[1:])}, expected "
+                    f"[1, {len(self.data.classes)}]: it needs pictures of another size"
+                )
+        model.train()
 
     def _generator(self, stream: int) -> torch.Generator:
         """Stream 0 of an epoch orders the pictures, stream s+1 changes those of step s."""
@@ -242,7 +249,8 @@ class Trainer:
 
         def stop(number, frame):
             self._stop.set()
-            signal.signal(number, before[number])
+            if self.workers.count == 1:  # torchrun passes on a Ctrl-C that the workers have heard already
+                signal.signal(number, before[number])
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

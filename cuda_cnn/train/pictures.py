@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ..models.rbf import DRAWING_SHAPE
 from .data import Data
-from .loop import Evaluation
+from .evaluation import Evaluation
 
-__all__ = ["confusion", "curves", "f6_drawings", "feature_maps", "filters", "layer_outputs"]
+__all__ = ["confusion", "curves", "f6_drawings", "feature_maps", "filters", "layer_outputs", "worst"]
 
 DOTS_PER_INCH = 120
+MOST_WRITTEN_OUT = 30  # classes of a confusion matrix that has room for names and counts
 
 
 def curves(history: list[dict], path: str | Path) -> Path:
@@ -42,13 +43,39 @@ def confusion(result: Evaluation, classes: list[str], path: str | Path) -> Path:
     axes = figure.subplots()
     shades = counts / counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shades.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for row, column in counts.nonzero().tolist():
+    written = counts.nonzero().tolist() if len(classes) <= MOST_WRITTEN_OUT else []
+    for row, column in written:
         colour = "white" if shades[row, column] > 0.5 else "black"
         axes.text(column, row, int(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(classes)), classes)
-    axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= MOST_WRITTEN_OUT:
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+        axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="written", title=f"test accuracy {result.accuracy:.2%}")
     return _save(figure, path)
+
+
+def worst(result: Evaluation, data: Data, path: str | Path, count: int = 20, columns: int = 10) -> Path:
+    """The test pictures that are most clearly mistaken, each with the class it was taken for and its own."""
+    indices = result.worst(count)
+    rows, titles = [], []
+    for i in indices:
+        taken, right = int(result.scores[i].argmax()), int(result.labels[i])
+        rows.append((_shown(data.test[i][0]), "gray_r", None, None))
+        titles.append(f"{data.classes[taken]}, not {data.classes[right]}")
+    cut = range(0, max(len(rows), 1), columns)
+    figure = _grid([rows[i : i + columns] for i in cut], "" if rows else "no mistake")
+    for axes, title in zip((a for a in figure.axes if a.images), titles, strict=True):
+        axes.set_title(title, fontsize=7)
+    return _save(figure, path)
+
+
+def _shown(image: Tensor) -> Tensor:
+    """A picture (C, H, W) as imshow takes it: H×W, or H×W×3 with its levels stretched to 0 … 1."""
+    image = image.detach().cpu().float()
+    if len(image) != 3:
+        return image[0]
+    low, high = image.amin(), image.amax()
+    return ((image - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0)
 
 
 def filters(weight: Tensor, path: str | Path, title: str = "") -> Path:
@@ -63,8 +90,12 @@ def feature_maps(
     model: nn.Module, image: Tensor, layers: list[str], path: str | Path, columns: int = 16
 ) -> Path:
     """The input picture and the first maps of each named layer; one row a layer. image: (1, C, H, W)."""
-    rows = [[(image[0, 0].cpu(), "gray_r", None, None)]]
+    rows = [[(_shown(image[0]), "gray_r", None, None)]]
     for maps in layer_outputs(model, image, layers):
+        if maps.dim() != 4:
+            raise ValueError(
+                f"a layer with maps (N, C, H, W) is needed, got an output of shape {list(maps.shape)}"
+            )
         rows.append([(m.cpu(), "gray_r", None, None) for m in maps[0][:columns]])
     return _save(_grid(rows, "", labels=["input", *layers]), path)
 
@@ -116,7 +147,7 @@ def layer_outputs(model: nn.Module, image: Tensor, layers: list[str]) -> list[Te
 
 def _grid(rows: list[list[tuple]], title: str, labels: list[str] | None = None):
     """Small pictures, (values, colour map, least, most) each, in rows."""
-    columns = max(map(len, rows))
+    columns = max(1, *map(len, rows))
     figure = _figure(0.75 * columns + 1, 0.95 * len(rows) + 0.3)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for r in range(len(rows)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checkpoint import CheckpointError, load_checkpoint, restore_model
 from ..crops import centre_test, dense_test, multi_scale_test, ten_crop_test, whole_test
 from ..data import load_data
-from ..loop import evaluate
+from ..evaluation import evaluate
 from . import device
 
 VIEWS = ("whole", "centre", "ten_crop", "dense")
@@ -30,13 +30,16 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--crop", type=int, help="height and width of a crop (default: the recipe's)")
     parser.add_argument("--scales", metavar="S,S,…", help="mean over pictures with these shorter sides (VGG)")
+    parser.add_argument(
+        "--strict", action="store_true", help="a picture file that cannot be read is an error"
+    )
     parser.add_argument("--device", default="auto")
     parser.set_defaults(run=main)
 
 
 def main(args: argparse.Namespace) -> int:
     state = load_checkpoint(args.checkpoint)
-    data = load_data(args.data or state["data"])
+    data = load_data(args.data or state["data"], args.strict)
     if list(data.shape) != state["shape"] or list(data.classes) != state["classes"]:
         raise CheckpointError(
             f"{args.checkpoint} takes pictures {state['shape']} of {len(state['classes'])} classes; "

@@ -1,8 +1,9 @@
-"""`cuda-cnn predict`: classifies picture files; shows what LeNet-5 draws on F6 for each."""
+"""`cuda-cnn predict`: classifies picture files; shows what LeNet-5 draws on F6 for each, or any layer's maps."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from ...models.rbf import ascii_drawing
 from ..checkpoint import CheckpointError, load_checkpoint, restore_model
 from ..data import DataError
+from ..evaluation import scores
+from ..imagefolder import read_picture
 from ..images import read_ink
-from ..loop import scores
 from . import device
 
 
@@ -21,31 +23,51 @@ def add_parser(subparsers) -> None:
         "--checkpoint", required=True, help="a run's folder, checkpoint.pt or weights.safetensors"
     )
     parser.add_argument("--top", type=int, default=3, help="classes to list for each picture")
+    parser.add_argument(
+        "--maps", metavar="LAYER,LAYER,…", help="draw these layers' maps, as PICTURE_maps.png"
+    )
+    parser.add_argument("--out", default="out/maps", help="folder for --maps (default out/maps)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="PNG, JPEG … of one character each")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="PNG, JPEG …; of one character each for digits"
+    )
     parser.set_defaults(run=main)
 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> int:
     state = load_checkpoint(args.checkpoint)
-    channels, size, _ = state["shape"]
-    if channels != 1:
-        raise CheckpointError(
-            f"{args.checkpoint}: predict reads grey characters; this network takes {channels} channels"
-        )
     chosen = device(args.device)
     model = restore_model(state).to(chosen).eval()
     failed = 0
     for path in args.images:
         try:
-            picture = read_ink(path, size=size).to(chosen)
+            picture = read(path, state).to(chosen)
         except DataError as error:
             print(f"error: {error}")
             failed += 1
             continue
         print("\n".join(describe(model, picture, state["classes"], path, args.top)))
+        if args.maps:
+            from ..pictures import feature_maps
+
+            file = Path(args.out) / f"{Path(path).stem}_maps.png"
+            print(f"  maps: {feature_maps(model, picture, args.maps.split(','), file)}")
     return 2 if failed else 0
+
+
+def read(path: str, state: dict) -> Tensor:
+    """(1, C, H, W), as the checkpoint's network was trained to see it."""
+    channels, size, _ = state["shape"]
+    levels = state.get("levels")
+    if channels == 1 and not levels:
+        return read_ink(path, size=size)
+    if channels != 3 or not levels:
+        raise CheckpointError(f"predict: no way to bring a picture to {channels} channels of {state['data']}")
+    picture = read_picture(Path(path), size, *levels)[None]
+    crop = state.get("recipe", {}).get("test_crop") or size
+    edge = (size - crop) // 2
+    return picture[..., edge : edge + crop, edge : edge + crop]
 
 
 def describe(model: nn.Module, picture: Tensor, classes: list[str], title: str, top: int = 3) -> list[str]:

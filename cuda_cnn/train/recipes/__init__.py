@@ -15,6 +15,7 @@ from ...models.registry import nearest
 __all__ = ["Recipe", "list_recipes", "load_recipe"]
 
 FOLDER = Path(__file__).parent
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,15 @@ class Recipe:
 
     warm_up: the part of the run, 0 … 1, in which the learning rate rises to `lr`.
     test_crop: the test takes the middle of each picture, of this height and width; 0 takes all of it.
+    precision: "float32", or "bfloat16" or "float16" for the layers that torch.autocast names (weights, their
+    updates and the loss stay float32; float16 with a loss scaler).
+    accumulate: cuts each batch into so many parts, one after the other; the gradient is that of the whole batch.
+    average: the part that the running average of the weights (EMA) keeps at each step, such as 0.999; the
+    averaged weights are those that are tested and used. 0: none.
+    channels_last: pictures and weights as NHWC. compile: a backend of torch.compile, such as "inductor"; "": none.
+    sync_batch_norm: under torchrun, statistics over all workers' parts of a batch.
     threads: on a CPU; 0 keeps torch's. Small pictures are as quick with 1, which waits for no neighbour.
+    loaders: processes that read pictures from files beside the one that trains.
     """
 
     model: str
@@ -41,17 +50,34 @@ class Recipe:
     loss_args: dict = field(default_factory=dict)
     augment: list = field(default_factory=list)
     test_crop: int = 0
+    precision: str = "float32"
+    accumulate: int = 1
+    average: float = 0.0
+    channels_last: bool = False
+    compile: str = ""
+    sync_batch_norm: bool = False
     threads: int = 0
+    loaders: int = 0
     note: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe: expected {name} of at least 1, got {getattr(self, name)}")
-        if self.threads < 0:
-            raise ValueError(f"recipe: expected threads of at least 0, got {self.threads}")
+        for name, least in {
+            "epochs": 1,
+            "batch_size": 1,
+            "accumulate": 1,
+            "threads": 0,
+            "loaders": 0,
+        }.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"recipe: expected {name} of at least {least}, got {getattr(self, name)}")
         if not 0 <= self.warm_up <= 1:
             raise ValueError(f"recipe: expected warm_up of 0 to 1, got {self.warm_up}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"recipe: expected average of 0 to below 1, got {self.average}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"recipe: unknown precision {self.precision!r}{nearest(self.precision, PRECISIONS)}"
+            )
         if not self.lr > 0:
             raise ValueError(f"recipe: expected lr above 0, got {self.lr}")
 
