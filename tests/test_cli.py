@@ -16,7 +16,7 @@ pytest.importorskip("sklearn", reason="the bundled digits need scikit-learn")
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow")
 
-QUICK = ["--epochs", "1", "--batch-size", "64", "--seed", "3", "--quiet"]
+QUICK = ["--epochs", "1", "--batch-size", "64", "--seed", "3", "--no-report", "--quiet"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,7 +40,12 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 def trained(one_thread, tmp_path_factory):
     """Three epochs of LeNet-5: enough to read most digits."""
     out = tmp_path_factory.mktemp("runs") / "lenet5"
-    assert cli.main(["train", "--epochs", "3", "--batch-size", "16", "--quiet", "--out", str(out)]) == 0
+    assert (
+        cli.main(
+            ["train", "--epochs", "3", "--batch-size", "16", "--no-report", "--quiet", "--out", str(out)]
+        )
+        == 0
+    )
     return out
 
 
@@ -109,7 +114,9 @@ def test_resume_equals_one_run(capsys, tmp_path):
     options = [*QUICK, "--schedule", "constant"]
     assert run(capsys, "train", *options, "--epochs", "2", "--out", str(one))[0] == 0
     assert run(capsys, "train", *options, "--out", str(two))[0] == 0
-    assert run(capsys, "train", "--resume", "--epochs", "2", "--quiet", "--out", str(two))[0] == 0
+    assert (
+        run(capsys, "train", "--resume", "--epochs", "2", "--no-report", "--quiet", "--out", str(two))[0] == 0
+    )
     weights = [load_checkpoint(folder)["weights"] for folder in (one, two)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -178,7 +185,7 @@ def test_demo_without_timing(capsys, tmp_path):
 
 def test_a_stopped_run_is_saved_and_goes_on(capsys, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "cuda_cnn", "train", "--epochs", "400", "--out", str(out)]
+    command = [sys.executable, "-m", "cuda_cnn", "train", "--epochs", "400", "--no-report", "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         deadline = time.monotonic() + 90
@@ -191,7 +198,7 @@ def test_a_stopped_run_is_saved_and_goes_on(capsys, tmp_path):
     assert process.returncode == 130 and "saved. Continue with: cuda-cnn train --resume" in printed, printed
     epoch = load_checkpoint(out)["epoch"]
     assert 1 <= epoch < 400
-    status, printed, _ = run(capsys, "train", "--resume", str(out), "--epochs", str(epoch + 1))
+    status, printed, _ = run(capsys, "train", "--resume", str(out), "--no-report", "--epochs", str(epoch + 1))
     assert status == 0 and f"epoch {epoch + 1:3d}/{epoch + 1}" in printed
 
 

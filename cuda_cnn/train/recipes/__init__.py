@@ -26,7 +26,8 @@ class Recipe:
     test_crop: the test takes the middle of each picture, of this height and width; 0 takes all of it.
     precision: "float32", or "bfloat16" or "float16" for the layers that torch.autocast names (weights, their
     updates and the loss stay float32; float16 with a loss scaler).
-    accumulate: cuts each batch into so many parts, one after the other; the gradient is that of the whole batch.
+    accumulate: cuts each batch into so many parts, one after the other; the gradient is that of the whole batch
+    (batch statistics are those of a part).
     average: the part that the running average of the weights (EMA) keeps at each step, such as 0.999; the
     averaged weights are those that are tested and used. 0: none.
     channels_last: pictures and weights as NHWC. compile: a backend of torch.compile, such as "inductor"; "": none.
