@@ -25,18 +25,18 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """
     weights, own = read_weights(path), model.state_dict()
     weights = {k: v for k, v in weights.items() if k in own or not k.startswith(("aux1.", "aux2."))}
-    for name, tensor in weights.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise ValueError(
-                f"{path}: {name} is {list(tensor.shape)} there and {list(own[name].shape)} in the network "
-                "(other num_classes or in_chans?)"
-            )
     absent = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     unknown = [name for name in weights if name not in own]
     for what, names in (("lacks", absent), ("has, and the network lacks,", unknown)):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"{path}: another network's weights: it {what} {', '.join(names[:3])}{more}")
+    for name, tensor in weights.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: {name} is {list(tensor.shape)} there and {list(own[name].shape)} in the network "
+                "(other num_classes or in_chans?)"
+            )
     model.load_state_dict(weights, strict=False)
     return model
 
