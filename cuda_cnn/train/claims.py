@@ -212,7 +212,6 @@ CLAIMS = {
         lambda run: run.epochs_to_error(0.05),
         "epochs until the training error is 5 %, or all of them",
         _means(lambda means: 2 * means["ReLU"] <= means["tanh"]),
-        side=16,
         learning_rates=(0.003, 0.01, 0.03),
     ),
     "degradation": Claim(
@@ -263,7 +262,6 @@ CLAIMS = {
         Run.test_error,
         "test error",
         _less("dropout 0.5", "no dropout"),
-        side=16,
     ),
     "densenet": Claim(
         "DenseNet needs fewer parameters than ResNet for the same error",
@@ -286,7 +284,6 @@ CLAIMS = {
         Run.test_error,
         "test error",
         _means(lambda means: means["with batch-norm"] < 0.5 * means["without"]),
-        side=16,
     ),
     "drawing": Claim(
         "LeNet-5's F6 learns to draw the digit that it reads",
