@@ -12,7 +12,7 @@ SOURCES := setup.py build_config.py pyproject.toml $(shell find csrc -type f)
 JOBS ?= 2
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: help build demo test bench lint format asan sanitize sdist clean FORCE
+.PHONY: help build demo test bench figures lint format asan sanitize sdist clean FORCE
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
@@ -25,6 +25,10 @@ test: build ## the whole test suite
 
 bench: build ## every kernel against torch's vendor library
 	$(PY) -m pytest benchmarks --benchmark-enable $(ARGS)
+
+RESULTS ?= $(firstword $(wildcard benchmarks/results/*))
+figures: build ## README's table of speeds, docs/measured.md and its figures, from benchmarks/results/
+	$(PY) -m cuda_cnn bench --readme $(RESULTS)
 
 build: $(STAMPS)/build ## the extension, in place
 

@@ -20,6 +20,8 @@ COMMANDS = {
     "evaluate": ("cuda_cnn.train.commands.evaluate", "accuracy of a trained network on a data set"),
     "reproduce": ("cuda_cnn.train.commands.reproduce", "a paper's claim run again at small scale"),
     "summary": ("cuda_cnn.models.summary", "a network's layers: shapes, costs, memory, receptive fields"),
+    "bench": ("cuda_cnn.bench.command", "every kernel and network beside torch's, and the machine's limits"),
+    "profile": ("cuda_cnn.bench.profile", "where a network's step spends its time, by layer and operator"),
     "predict": ("cuda_cnn.train.commands.predict", "classify picture files with a trained network"),
 }
 

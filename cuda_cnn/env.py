@@ -82,7 +82,7 @@ def collect() -> dict[str, Any]:
         },
         "build": build_info(),
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "features": _cpu_features(),
             "instruction_sets": _C.cpu_isas(),
             "instruction_set": _C.cpu_isa(),
@@ -101,7 +101,7 @@ def self_test(name: str) -> dict[str, str]:
     """For each instruction set and for CUDA: "ok" or "failed: …", forward and backward, in both layouts."""
     results = {}
     for isa in _C.cpu_isas():
-        with _instruction_set(isa):
+        with instruction_set(isa):
             results[isa] = _compare(name, "cpu")
     if _C.with_cuda and torch.cuda.is_available():
         results["cuda"] = _compare(name, "cuda")
@@ -109,7 +109,7 @@ def self_test(name: str) -> dict[str, str]:
 
 
 @contextmanager
-def _instruction_set(name: str) -> Iterator[None]:
+def instruction_set(name: str) -> Iterator[None]:
     before = _C.cpu_isa()
     _C.set_cpu_isa(name)
     try:
@@ -164,7 +164,7 @@ def _cpuinfo(*keys: str) -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() in keys), "")
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     return _cpuinfo("model name", "Model") or platform.processor() or platform.machine()
 
 

@@ -1,152 +1,55 @@
 """The layers of the classic networks, as the benchmarks run them: `layers("vgg16", op="conv2d")`.
 
-Equal layers of one network are listed once. Sizes are those of the papers (papers' input, one picture).
+A network of the zoo is run on tensors without data, in training and in evaluation, and every call of one of
+this library's operators is noted: the lists are the networks' own and cannot fall behind. Equal layers of one
+network are listed once, with their number. Sizes are those of the papers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from ..models.registry import nearest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["LAYERS", "NETWORKS", "Layer", "layers", "short_name"]
+from .. import functional as F
+from ..models.registry import create_model, nearest
+
+__all__ = ["NETWORKS", "OPERATORS", "Layer", "input_size", "layers", "short_name", "trace"]
+
+NETWORKS = ("lenet5", "alexnet", "vgg16", "resnet50", "densenet121", "googlenet")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: operator, input (C, H, W), and the operator's arguments."""
+    """One layer: operator, input (C, H, W), the operator's arguments, and how often the network has it."""
 
     network: str
     name: str
     op: str
     shape: tuple[int, int, int]
     args: dict = field(default_factory=dict, hash=False)
+    count: int = 1
 
     def __str__(self) -> str:
         c, h, w = self.shape
-        return f"{self.network}/{self.name} {c}×{h}×{w}{_words(self)}"
+        return f"{self.network}/{self.name} {c}×{h}×{w}{words(self)}"
 
 
-def _words(layer: Layer) -> str:
+def words(layer: Layer) -> str:
+    """What the operator does beside its input's shape: ` → 64 3×3/2`."""
     a = layer.args
     if layer.op == "conv2d":
         groups = f" g{a['groups']}" if a["groups"] > 1 else ""
         return f" → {a['filters']} {a['size']}×{a['size']}/{a['stride']}{groups}"
+    if layer.op == "concat":
+        return " + " + " + ".join(map(str, a["others"]))
     return f" {a['size']}/{a['stride']}" if layer.op == "max_pool2d" else ""
-
-
-def _conv(network: str, *rows: tuple) -> list[Layer]:
-    """Rows of name, C, H, filters, size, and optionally stride, padding, groups."""
-    found = []
-    for name, channels, extent, filters, size, *rest in rows:
-        stride, padding, groups = [*rest, *(1, 0, 1)[len(rest) :]]
-        args = {"filters": filters, "size": size, "stride": stride, "padding": padding, "groups": groups}
-        found.append(Layer(network, name, "conv2d", (channels, extent, extent), args))
-    return found
-
-
-def _plain(network: str, op: str, *rows: tuple, **args) -> list[Layer]:
-    """Rows of name, C, H: operators whose arguments are the same in the whole network."""
-    return [Layer(network, name, op, (channels, extent, extent), args) for name, channels, extent in rows]
-
-
-_VGG = [
-    *(
-        ("conv1_1", 3, 224, 64),
-        ("conv1_2", 64, 224, 64),
-        ("conv2_1", 64, 112, 128),
-        ("conv2_2", 128, 112, 128),
-    ),
-    *(
-        ("conv3_1", 128, 56, 256),
-        ("conv3_2", 256, 56, 256),
-        ("conv4_1", 256, 28, 512),
-        ("conv4_2", 512, 28, 512),
-    ),
-    ("conv5_1", 512, 14, 512),
-]
-
-
-def _resnet_stage(name: str, inputs: int, extent: int, width: int, stride: int) -> list[tuple]:
-    """A bottleneck stage: the first block's convolutions, then those that repeat."""
-    after = extent // stride
-    return [
-        (f"{name}.0.conv1", inputs, extent, width, 1),
-        (f"{name}.0.conv2", width, extent, width, 3, stride, 1),
-        (f"{name}.0.conv3", width, after, 4 * width, 1),
-        (f"{name}.0.downsample", inputs, extent, 4 * width, 1, stride),
-        (f"{name}.1.conv1", 4 * width, after, width, 1),
-        *([(f"{name}.1.conv2", width, after, width, 3, 1, 1)] if stride > 1 else []),
-    ]
-
-
-def _dense_stage(block: int, inputs: int, extent: int, depth: int) -> list[tuple]:
-    """First, middle and last 1×1 of a block with k = 32, its 3×3, and its transition."""
-    last = inputs + 32 * (depth - 1)
-    stage = [
-        (f"block{block}.first", inputs, extent, 128, 1),
-        (f"block{block}.last", last, extent, 128, 1),
-        (f"block{block}.conv2", 128, extent, 32, 3, 1, 1),
-    ]
-    transition = [(f"transition{block}", last + 32, extent, (last + 32) // 2, 1)]
-    return stage + (transition if block < 4 else [])
-
-
-LAYERS: tuple[Layer, ...] = (
-    *_conv("lenet5", ("c1", 1, 32, 6, 5), ("c3", 6, 14, 16, 5), ("c5", 16, 5, 120, 5), ("f6", 120, 1, 84, 1)),
-    *_plain("lenet5", "subsample", ("s2", 6, 28), ("s4", 16, 10)),
-    *_conv(
-        "alexnet",
-        ("conv1", 3, 227, 96, 11, 4),
-        ("conv2", 96, 27, 256, 5, 1, 2, 2),
-        ("conv3", 256, 13, 384, 3, 1, 1),
-    ),
-    *_conv("alexnet", ("conv4", 384, 13, 384, 3, 1, 1, 2), ("conv5", 384, 13, 256, 3, 1, 1, 2)),
-    *_plain(
-        "alexnet", "local_response_norm", ("norm1", 96, 55), ("norm2", 256, 27), size=5, alpha=5e-4, k=2.0
-    ),
-    *_plain(
-        "alexnet",
-        "max_pool2d",
-        ("pool1", 96, 55),
-        ("pool2", 256, 27),
-        ("pool5", 256, 13),
-        size=3,
-        stride=2,
-        padding=0,
-    ),
-    *_conv("vgg16", *[(*row, 3, 1, 1) for row in _VGG]),
-    *_plain(
-        "vgg16",
-        "max_pool2d",
-        ("pool1", 64, 224),
-        ("pool3", 256, 56),
-        ("pool5", 512, 14),
-        size=2,
-        stride=2,
-        padding=0,
-    ),
-    *_conv("resnet50", ("conv1", 3, 224, 64, 7, 2, 3), *_resnet_stage("layer1", 64, 56, 64, 1)),
-    *_conv("resnet50", *_resnet_stage("layer2", 256, 56, 128, 2), *_resnet_stage("layer3", 512, 28, 256, 2)),
-    *_conv("resnet50", *_resnet_stage("layer4", 1024, 14, 512, 2)),
-    *_plain("resnet50", "batch_norm", ("bn1", 64, 112), ("layer1.bn3", 256, 56), ("layer3.bn1", 256, 14)),
-    *_plain("resnet50", "max_pool2d", ("maxpool", 64, 112), size=3, stride=2, padding=1),
-    *_conv("densenet121", *_dense_stage(1, 64, 56, 6), *_dense_stage(2, 128, 28, 12)),
-    *_conv("densenet121", *_dense_stage(3, 256, 14, 24), *_dense_stage(4, 512, 7, 16)),
-    *_plain("densenet121", "batch_norm", ("block1.last", 224, 56), ("block3.last", 992, 14)),
-    *_plain("densenet121", "concat", ("block1.last", 192, 56), ("block3.last", 960, 14), grown=32),
-    *_conv(
-        "googlenet",
-        ("conv1", 3, 224, 64, 7, 2, 3),
-        ("conv3", 64, 56, 192, 3, 1, 1),
-        ("3a.5x5", 16, 28, 32, 5, 1, 2),
-    ),
-    *_plain(
-        "googlenet", "local_response_norm", ("norm1", 64, 56), ("norm2", 192, 56), size=5, alpha=5e-4, k=2.0
-    ),
-)
-
-NETWORKS: tuple[str, ...] = tuple(dict.fromkeys(layer.network for layer in LAYERS))
 
 
 def short_name(layer: Layer) -> str:
@@ -155,10 +58,97 @@ def short_name(layer: Layer) -> str:
 
 def layers(network: str | None = None, op: str | None = None) -> list[Layer]:
     """Those of one network, of one operator, or all. Raises ValueError for an unknown name."""
-    for what, name, known in (
-        ("network", network, NETWORKS),
-        ("operator", op, {layer.op for layer in LAYERS}),
-    ):
+    for what, name, known in (("network", network, NETWORKS), ("operator", op, OPERATORS)):
         if name is not None and name not in known:
             raise ValueError(f"unknown {what} {name!r}{nearest(name, known)}")
-    return [layer for layer in LAYERS if network in (None, layer.network) and op in (None, layer.op)]
+    found = [layer for n in NETWORKS if network in (None, n) for layer in trace(n)]
+    return [layer for layer in found if op in (None, layer.op)]
+
+
+# ---- What a call says -----------------------------------------------------------------------------------
+
+
+def _one(value: int | Sequence[int]) -> int:
+    """The number of a pair of equal ones: the papers' windows are square."""
+    values = {value} if isinstance(value, int) else set(value)
+    if len(values) != 1:
+        raise ValueError(f"expected a square window, got {value}")
+    return values.pop()
+
+
+def _conv2d(a: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "filters": a["weight"].shape[0],
+        "size": _one(a["weight"].shape[2:]),
+        **{name: _one(a[name]) for name in ("stride", "padding", "groups")},
+        "bias": a["bias"] is not None,
+    }
+
+
+def _max_pool2d(a: dict[str, Any]) -> dict[str, Any]:
+    stride = a["kernel_size"] if a["stride"] is None else a["stride"]
+    window = {"size": _one(a["kernel_size"]), "stride": _one(stride), "padding": _one(a["padding"])}
+    return {**window, "ceil_mode": a["ceil_mode"]}
+
+
+OPERATORS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "conv2d": _conv2d,
+    "max_pool2d": _max_pool2d,
+    "local_response_norm": lambda a: {name: a[name] for name in ("size", "alpha", "beta", "k")},
+    "batch_norm": lambda a: {"training": a["training"]},
+    "concat": lambda a: {"others": tuple(t.shape[1] for t in a["tensors"][1:])},
+    "subsample": lambda a: {},
+}
+_SIGNATURES = {name: inspect.signature(getattr(F, name)) for name in OPERATORS}
+
+
+# ---- The networks' own calls ------------------------------------------------------------------------------
+
+
+class _Notes(TorchFunctionMode):
+    """Notes every call of the operators, under the name of the module that makes it."""
+
+    def __init__(self, network: str) -> None:
+        super().__init__()
+        self.network, self.path, self.seen = network, [], {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in OPERATORS and function is getattr(F, name):
+            bound = _SIGNATURES[name].bind(*args, **(kwargs or {}))
+            bound.apply_defaults()
+            self.note(name, bound.arguments)
+        return function(*args, **(kwargs or {}))
+
+    def note(self, op: str, arguments: dict[str, Any]) -> None:
+        first = next(iter(arguments.values()))
+        x = first[0] if op == "concat" else first
+        args = OPERATORS[op](arguments)
+        key = (op, *x.shape[1:], *args.values())
+        known = self.seen.get(key)
+        layer = known or Layer(self.network, self.path[-1], op, tuple(x.shape[1:]), args, 0)
+        self.seen[key] = replace(layer, count=layer.count + 1)
+
+    def watch(self, model: torch.nn.Module) -> None:
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda m, x, name=name: self.path.append(name))
+            module.register_forward_hook(lambda m, x, y: self.path.pop() and None)
+
+
+@functools.cache
+def trace(network: str) -> tuple[Layer, ...]:
+    """The distinct layers of one training step, in the order of the first call."""
+    notes = _Notes(network)
+    with FakeTensorMode():  # no plain tensor: DenseNet shows its concatenations
+        model = create_model(network)
+        notes.watch(model)
+        with notes:
+            model(torch.empty(2, *input_size(network)))
+    return tuple(notes.seen.values())
+
+
+def input_size(network: str) -> tuple[int, int, int]:
+    """(C, H, W) of a picture, as the paper has it."""
+    channels = 1 if network.startswith("lenet") else 3
+    side = {"lenet5": 32, "alexnet": 227}.get(network, 224)
+    return channels, side, side

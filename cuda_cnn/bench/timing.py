@@ -1,69 +1,86 @@
-"""A timer for two rivals on a machine that is never quite idle: they take turns, ratios are of neighbours."""
+"""Rivals take turns (A B C A B C …): a machine is never quite idle, and ratios are then of neighbours."""
 
 from __future__ import annotations
 
-import statistics
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["Comparison", "compare", "quartiles"]
+__all__ = ["Call", "Clock", "WallClock", "interleave"]
 
 LEAST_SAMPLE = 1e-3
 LEAST_ROUNDS = 7
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Times of one call in seconds, turn by turn."""
+class Call:
+    """What is timed, and the switches (not timed) that hold meanwhile."""
 
-    ours: list[float]
-    rival: list[float]
-
-    @property
-    def ratio(self) -> tuple[float, float, float]:
-        """How many times faster ours is: median, lower and upper quartile over the turns."""
-        return quartiles([theirs / mine for mine, theirs in zip(self.ours, self.rival)])
-
-    @property
-    def ours_median(self) -> float:
-        return statistics.median(self.ours)
-
-    @property
-    def rival_median(self) -> float:
-        return statistics.median(self.rival)
+    run: Callable[[], object]
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
-def compare(ours: Callable[[], object], rival: Callable[[], object], seconds: float = 0.5) -> Comparison:
-    """Calls the two in turns (A B A B …) for about `seconds`, at least seven times each.
+class Clock(Protocol):
+    """How one sample is taken. `prepare` returns what `sample` takes: the call itself, or its CUDA graph."""
 
-    A sample repeats a short call until it lasts a millisecond.
+    repeatable: bool
+
+    def prepare(self, run: Callable[[], object]) -> Callable[[], object]: ...
+
+    def sample(self, run: Callable[[], object], repeats: int) -> float:
+        """Seconds of one run, the mean of `repeats`."""
+        ...
+
+
+class WallClock:
+    """A CPU's time. `flush` runs before each sample, untimed; a flushed sample is of a single run."""
+
+    def __init__(self, flush: Callable[[], object] | None = None) -> None:
+        self.flush, self.repeatable = flush, flush is None
+
+    def prepare(self, run: Callable[[], object]) -> Callable[[], object]:
+        return run
+
+    def sample(self, run: Callable[[], object], repeats: int) -> float:
+        if self.flush:
+            self.flush()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - began) / repeats
+
+
+def interleave(
+    calls: dict[str, Call],
+    seconds: float = 0.5,
+    clock: Clock | None = None,
+    rounds: int = LEAST_ROUNDS,
+) -> dict[str, list[float]]:
+    """Times the calls in turns for about `seconds`, at least `rounds` times each: seconds of each, round by round.
+
+    A sample repeats a short call until it lasts a millisecond, where the clock allows it.
     """
-    calls = [(run, _repeats(run)) for run in (ours, rival)]
-    times: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + seconds
-    while len(times[0]) < LEAST_ROUNDS or time.perf_counter() < end:
-        for (run, repeats), samples in zip(calls, times):
-            samples.append(_sample(run, repeats))
-    return Comparison(*times)
+    clock = clock or WallClock()
+    prepared = []
+    for call in calls.values():
+        with call.around():
+            run = clock.prepare(call.run)
+            prepared.append((run, call.around, _repeats(run, clock)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    began, done = time.perf_counter(), 0
+    while done < rounds or time.perf_counter() - began < seconds:
+        for (run, around, repeats), samples in zip(prepared, times.values()):
+            with around():
+                samples.append(clock.sample(run, repeats))
+        done += 1
+    return times
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile (inclusive method); a single value is all three."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
-
-
-def _repeats(run: Callable[[], object]) -> int:
-    run()
-    once = min(_sample(run, 1) for _ in range(2))
+def _repeats(run: Callable[[], object], clock: Clock) -> int:
+    clock.sample(run, 1)
+    if not clock.repeatable:
+        return 1
+    once = min(clock.sample(run, 1) for _ in range(2))
     return max(1, round(LEAST_SAMPLE / max(once, 1e-9)))
-
-
-def _sample(run: Callable[[], object], repeats: int) -> float:
-    began = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - began) / repeats

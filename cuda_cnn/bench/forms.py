@@ -1,0 +1,89 @@
+"""A network of the zoo in its forms: plain torch.nn, compiled, on this library's layers, fused."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as TF
+
+from .. import nn as cnn
+from ..models.densenet import DenseBlock
+from ..models.lenet import TableConv2d
+from .cases import UnavailableError
+from .rivals import TORCH
+
+__all__ = ["FORMS", "build", "outputs_of", "plain"]
+
+FORMS = ("torch", "compile", "cuda_cnn", "fused")
+
+
+class _Concat(cnn.Concat):
+    def forward(self, tensors):
+        return torch.cat(tuple(tensors), self.dim)
+
+
+class _Subsample(cnn.Subsample2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return TORCH.subsample(input, self.coefficient, self.bias)
+
+
+class _TableConv2d(TableConv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return TF.conv2d(x, self.dense_weight(), self.bias)
+
+
+class _DenseBlock(DenseBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.values():
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+_TWINS = {
+    **{getattr(cnn, n): getattr(nn, n) for n in ("BatchNorm2d", "Conv2d", "LocalResponseNorm", "MaxPool2d")},
+    cnn.Concat: _Concat,
+    cnn.Subsample2d: _Subsample,
+    TableConv2d: _TableConv2d,
+    DenseBlock: _DenseBlock,
+}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy on torch.nn's own layers, with the same parameters' values; no operator of this library is left."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.__class__ = _TWINS.get(type(module), type(module))
+    return model
+
+
+def build(form: str, model: nn.Module, training: bool, device: str = "cpu") -> Callable[[Tensor], object]:
+    """The network as a callable, with weights of its own. Raises UnavailableError for a form that is not to be had."""
+    if form == "torch":
+        return plain(model)
+    if form == "cuda_cnn":
+        return copy.deepcopy(model)
+    if form == "compile":
+        torch._dynamo.reset()
+        network = plain(model)
+        if device == "cpu" and not training:
+            options = {"max_autotune": True, "freezing": True}
+            return torch.compile(network, options=options)
+        return torch.compile(network, mode="max-autotune-no-cudagraphs")
+    if form == "fused":
+        if importlib.util.find_spec("cuda_cnn.fuse") is None:
+            raise UnavailableError("cuda_cnn.fuse is not available in this version")
+        from cuda_cnn.fuse import fuse
+
+        network = copy.deepcopy(model)
+        fuse(network)
+        return network
+    raise ValueError(f"unknown form {form!r}: {', '.join(FORMS)}")
+
+
+def outputs_of(y: object) -> list[Tensor]:
+    """The tensors of a network's answer: GoogLeNet gives three in training."""
+    return [y] if isinstance(y, Tensor) else [t for t in y if t is not None]
