@@ -37,6 +37,10 @@ class Device(Protocol):
 
     def synchronize(self) -> None: ...
 
+    def context(self) -> contextlib.AbstractContextManager:
+        """In which everything is allocated and run."""
+        ...
+
     def memory(self, run: Callable[[], object]) -> list[tuple[float, int]]:
         """(second, bytes above the start) during one run."""
         ...
@@ -65,6 +69,9 @@ class CpuDevice:
     def synchronize(self) -> None:
         pass
 
+    def context(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
     def memory(self, run: Callable[[], object]) -> list[tuple[float, int]]:
         return allocations(run, "CPU")
 
@@ -78,7 +85,7 @@ class CudaDevice:
     kind, default_timing = "cuda", "cold"
 
     def __init__(self, api: Any = torch.cuda, torch_device: str = "cuda") -> None:
-        self.api, self.torch_device = api, torch.device(torch_device)
+        self.api, self.torch_device, self.stream = api, torch.device(torch_device), None
 
     @property
     def name(self) -> str:
@@ -89,6 +96,12 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         self.api.synchronize()
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """A stream of its own: gradients run where the forward pass ran, and the default one takes no capture."""
+        if self.stream is None:
+            self.stream = self.api.Stream()
+        return self.api.stream(self.stream)
 
     def memory(self, run: Callable[[], object]) -> list[tuple[float, int]]:
         self.synchronize()
@@ -121,14 +134,11 @@ class CudaClock:
     def prepare(self, run: Callable[[], object]) -> Callable[[], object]:
         if self.timing != "graph":
             return run
-        stream = self.api.Stream()
-        stream.wait_stream(self.api.current_stream())
-        with self.api.stream(stream):
-            for _ in range(WARM_UP):
-                run()
-        self.api.current_stream().wait_stream(stream)
+        for _ in range(WARM_UP):
+            run()
+        self.device.synchronize()
         graph = self.api.CUDAGraph()
-        with self.api.graph(graph):
+        with self.api.graph(graph, stream=self.api.current_stream()):
             for _ in range(GRAPH_COPIES):
                 run()
         return graph.replay

@@ -65,7 +65,7 @@ def steps(
                 continue
             named = {implementation: label for label, implementation in variants(op, device)}
             climbed = replace(settings, implementations=tuple(named), memory=False)
-            with precision(item.dtype):
+            with precision(item.dtype), device.context():
                 problem = Problem(layer, settings.batch, item.dtype, item.layout, device)
                 row.update(run.row_of(problem, direction, timing, climbed))
             row["labels"] = named

@@ -62,7 +62,7 @@ def steps(
         for row in items:
             if time.monotonic() > deadline:
                 raise StoppedError
-            with precision(row["dtype"]):
+            with precision(row["dtype"]), device.context():
                 row.update(network(row, settings, device))
             results.add("networks", row)
             yield {"line": "  ".join(_cells(row))}

@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     x = torch.randn(args.batch, channels, side, side, device=on.torch_device, dtype=dtype_of(args.dtype))
     x = x.contiguous(memory_format=LAYOUTS[args.layout])
     print("\n".join(machine.words(machine.header(on))))
-    with precision(args.dtype):
+    with precision(args.dtype), on.context():
         ours = _times(args, "cuda_cnn", model, x, Path(args.trace) if args.trace else None)
         try:
             other = _times(args, args.against, model, x)

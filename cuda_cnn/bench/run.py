@@ -119,7 +119,7 @@ def measure(
             continue
         if time.monotonic() > deadline:
             raise StoppedError
-        with precision(item.dtype):
+        with precision(item.dtype), device.context():
             if item.dtype not in results.document["roofline"]:
                 found = roofline.measure(device, dtype_of(item.dtype))
                 results.document["roofline"][item.dtype] = dataclasses.asdict(found)

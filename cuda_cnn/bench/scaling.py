@@ -80,7 +80,7 @@ def _point(
         row = {**item.row(settings), "sweep": sweep, "value": value}
         if key(row) in results.keys("scaling"):
             return None
-        with precision(item.dtype):
+        with precision(item.dtype), device.context():
             problem = Problem(layer, settings.batch, item.dtype, item.layout, device)
             row.update(run.row_of(problem, "forward", timing, replace(settings, memory=False)))
         return row
