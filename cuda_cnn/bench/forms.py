@@ -10,25 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as TF
 
-from .. import nn as cnn
+from ..convert import revert
 from ..models.densenet import DenseBlock
 from ..models.lenet import TableConv2d
 from .cases import UnavailableError
-from .rivals import TORCH
 
 __all__ = ["FORMS", "build", "outputs_of", "plain"]
 
 FORMS = ("torch", "compile", "cuda_cnn", "fused")
-
-
-class _Concat(cnn.Concat):
-    def forward(self, tensors):
-        return torch.cat(tuple(tensors), self.dim)
-
-
-class _Subsample(cnn.Subsample2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return TORCH.subsample(input, self.coefficient, self.bias)
 
 
 class _TableConv2d(TableConv2d):
@@ -43,18 +32,14 @@ class _DenseBlock(DenseBlock):
         return x
 
 
-_TWINS = {
-    **{getattr(cnn, n): getattr(nn, n) for n in ("BatchNorm2d", "Conv2d", "LocalResponseNorm", "MaxPool2d")},
-    cnn.Concat: _Concat,
-    cnn.Subsample2d: _Subsample,
-    TableConv2d: _TableConv2d,
-    DenseBlock: _DenseBlock,
-}
+# What has no layer of torch.nn to go back to: networks' own modules that call an operator.
+_TWINS = {TableConv2d: _TableConv2d, DenseBlock: _DenseBlock}
 
 
 def plain(model: nn.Module) -> nn.Module:
     """A copy on torch.nn's own layers, with the same parameters' values; no operator of this library is left."""
     model = copy.deepcopy(model)
+    revert(model)
     for module in model.modules():
         module.__class__ = _TWINS.get(type(module), type(module))
     return model
