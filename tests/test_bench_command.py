@@ -244,14 +244,13 @@ def test_without_rich_plain_lines(capsys, monkeypatch):
 
 @pytest.fixture
 def small_networks(monkeypatch):
-    monkeypatch.setattr(networks, "FORMS", ("torch", "cuda_cnn", "fused"))  # compiling takes seconds
     monkeypatch.setattr(networks, "input_size", lambda name: (1 if name == "lenet5" else 3, 32, 32))
 
 
 def test_networks_in_every_form(capsys, tmp_path, small_networks):
     pytest.importorskip("matplotlib")
     path, pictures = tmp_path / "n.json", tmp_path / "p"
-    models = ["--model", "lenet5,resnet20", "--batch", "2"]
+    models = ["--model", "lenet5,resnet20", "--batch", "2", "--impl", "torch,cuda_cnn,fused"]
     status, out, _ = bench(capsys, *models, "--json", str(path), "--pictures", str(pictures))
     rows = load(path).rows("networks")
     assert status == 0 and [(r["model"], r["pass"]) for r in rows] == [

@@ -15,8 +15,9 @@ from ..models.registry import list_models, nearest
 from . import compare, figures, html, ladder, machine, networks, report, run, scaling
 from .cases import IMPLEMENTATIONS
 from .devices import TIMINGS, Device, device
+from .forms import FORMS
 from .progress import Progress
-from .results import SECTIONS, Results, load, refuse_outputs, write_text
+from .results import SECTIONS, Results, key, load, refuse_outputs, write_text
 from .settings import DTYPES, LAYOUTS
 from .shapes import NETWORKS, OPERATORS
 from .work import PASSES
@@ -45,7 +46,8 @@ def add_parser(subparsers) -> None:
     what.add_argument("--batch", type=int, default=run.BATCH)
     what.add_argument(
         "--impl",
-        help="cuda_cnn[:algorithm or instruction set],torch,compile,cudnn,reference; the first is ours",
+        help="cuda_cnn[:algorithm or instruction set],torch,compile,cudnn,reference; the first is ours; "
+        "of networks torch,compile,cuda_cnn,fused",
     )
     what.add_argument(
         "--ladder", action="store_true", help="each operator from the naive form to the final one"
@@ -122,8 +124,10 @@ def settings_of(args: argparse.Namespace) -> run.Settings:
     if chosen:
         values["passes"] = chosen
     if args.impl:
-        _choice("--impl", ",".join(name.split(":")[0] for name in _list(args.impl)), IMPLEMENTATIONS)
-        values["implementations"] = _list(args.impl)
+        known = dict.fromkeys((*IMPLEMENTATIONS, *FORMS))
+        _choice("--impl", ",".join(name.split(":")[0] for name in _list(args.impl)), known)
+        values["implementations"] = tuple(n for n in _list(args.impl) if n.split(":")[0] in IMPLEMENTATIONS)
+        values["forms"] = tuple(name for name in _list(args.impl) if name in FORMS)
     if args.seconds is not None:
         values["seconds"] = args.seconds
     return run.Settings(**values)
@@ -171,15 +175,19 @@ def _steps(args: argparse.Namespace, settings: run.Settings, on: Device, results
     if args.model or wanted & set(NETWORK_PASSES):
         models = _choice("--model", args.model, list_models()) or settings.suites
         return networks.steps(models, settings, on, results, deadline)
-    items = run.plan(settings, on)
+    known = results.keys()
+    items = [item for item in run.plan(settings, on) if key(item.row(settings)) not in known]
+    if not items and known:
+        print("everything is measured already")
+        return 0, iter(())
+    if not items:
+        raise ValueError("nothing to measure: no layer fits --suite, --op, --layer and --pass")
     return len(items), run.measure(settings, on, results, items, deadline)
 
 
 def _measure(args: argparse.Namespace, settings: run.Settings, on: Device, results: Results) -> int:
     deadline = time.monotonic() + args.budget if args.budget else float("inf")
     total, steps = _steps(args, settings, on, results, deadline)
-    if not total:
-        raise ValueError("nothing to measure: no layer fits --suite, --op, --layer and --pass")
     before = sum(len(results.rows(section)) for section in SECTIONS)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -86,7 +86,7 @@ def network(row: dict, settings: Settings, device: Device) -> dict:
     found: dict = {"times": {}, "ratios": {}, "absent": {}, "wrong": {}}
     runs: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
-    for form in FORMS:
+    for form in settings.forms:
         try:
             net = build(form, model, training, device.kind)
             errors[form] = _distance(_answer(net, x, training), exact)
@@ -110,7 +110,10 @@ def network(row: dict, settings: Settings, device: Device) -> dict:
             "curve": _thinned(curve),
             "by_kind": _by_kind(model, form, x, training, device),
         }
-    found["ratios"] = {form: list(ratio(times[form], times["torch"])) for form in times if form != "torch"}
+    if "torch" in times:
+        found["ratios"] = {
+            form: list(ratio(times[form], times["torch"])) for form in times if form != "torch"
+        }
     return found
 
 
@@ -194,8 +197,10 @@ def _cells(row: dict) -> tuple[str, ...]:
             ratios = row["ratios"].get(form)
             against = f" {ratios[0]:.2f}× ({ratios[3]:.2f}–{ratios[4]:.2f})" if ratios else ""
             cells.append(f"{report.duration(times['seconds'][0])}{against}, {report.size(times['memory'])}")
+        elif form in row["absent"]:
+            cells.append("not available")
         else:
-            cells.append("not available" if form in row["absent"] else "WRONG, not timed")
+            cells.append("WRONG, not timed" if form in row["wrong"] else "")
     return tuple(cells)
 
 

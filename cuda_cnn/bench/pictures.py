@@ -84,9 +84,9 @@ def roofline(rows: list[dict], roofs: dict[str, dict], dtype: str):
         x = [row["flops"] / row["bytes"] for row, _ in of]
         y = [1e-9 * row["flops"] / times["seconds"][0] for row, times in of]
         axes.scatter(x, y, s=14, marker=marker, color=colour, alpha=0.7, label=name)
-    span = [min(row["flops"] / row["bytes"] for row in points) / 1.5, 3 * roof.peak / roof.bandwidth]
-    span[1] = max(span[1], 1.5 * max(row["flops"] / row["bytes"] for row in points))
-    line = sorted({*span, roof.peak / roof.bandwidth})
+    ridge = roof.peak / roof.bandwidth
+    intensities = [row["flops"] / row["bytes"] for row in points]
+    line = [min(ridge / 4, min(intensities) / 1.5), ridge, max(4 * ridge, 1.5 * max(intensities))]
     axes.plot(line, [1e-9 * roof.attainable(x) for x in line], color="black", linewidth=1.2)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP/s")
     axes.set_title(

@@ -12,6 +12,7 @@ import torch
 from . import roofline
 from .cases import Case, Problem, UnavailableError, WrongResultError
 from .devices import Device
+from .forms import FORMS
 from .results import Results, key
 from .settings import UnequalError, check_equal, dtype_of, precision
 from .shapes import NETWORKS, Layer, layers, words
@@ -40,6 +41,7 @@ class Settings:
     dtypes: tuple[str, ...] = ("float32",)
     layouts: tuple[str, ...] = ("channels_last",)
     implementations: tuple[str, ...] = ("cuda_cnn", "torch")
+    forms: tuple[str, ...] = FORMS
     timings: tuple[str, ...] = ()
     batch: int = BATCH
     seconds: float = 0.5
