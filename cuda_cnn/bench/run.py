@@ -149,7 +149,7 @@ def row_of(problem: Problem, direction: str, timing: str, settings: Settings) ->
     for name in settings.implementations:
         try:
             cases[name] = problem.case(direction, name)
-        except (UnavailableError, UnequalError, torch.OutOfMemoryError) as reason:
+        except (UnavailableError, UnequalError, NotImplementedError, torch.OutOfMemoryError) as reason:
             row["absent"][name] = str(reason)
         except WrongResultError as reason:
             row["wrong"][name] = str(reason)
