@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     model = create_model(args.model).train(args.direction == "train")
     channels, side, _ = input_size(args.model)
-    side = args.input or getattr(model, "input_size", side)
+    side = args.input or side
     model = model.to(on.torch_device, dtype_of(args.dtype), memory_format=LAYOUTS[args.layout])
     x = torch.randn(args.batch, channels, side, side, device=on.torch_device, dtype=dtype_of(args.dtype))
     x = x.contiguous(memory_format=LAYOUTS[args.layout])

@@ -143,12 +143,17 @@ def trace(network: str) -> tuple[Layer, ...]:
         model = create_model(network)
         notes.watch(model)
         with notes:
-            model(torch.empty(2, *input_size(network)))
+            model(torch.empty(2, *_size(model)))
     return tuple(notes.seen.values())
 
 
+@functools.cache
 def input_size(network: str) -> tuple[int, int, int]:
     """(C, H, W) of a picture, as the paper has it."""
-    channels = 1 if network.startswith("lenet") else 3
-    side = {"lenet5": 32, "alexnet": 227}.get(network, 224)
-    return channels, side, side
+    with torch.device("meta"):
+        return _size(create_model(network))
+
+
+def _size(model: torch.nn.Module) -> tuple[int, int, int]:
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    return channels, model.input_size, model.input_size
