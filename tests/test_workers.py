@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from cuda_cnn import cli
-from cuda_cnn.nn import BatchNorm2d
+from cuda_cnn.nn import BatchNorm2d, SyncBatchNorm
 from cuda_cnn.train.checkpoint import load_checkpoint
-from cuda_cnn.train.workers import SyncBatchNorm2d, Workers, synchronise_batch_norm
+from cuda_cnn.train.workers import Workers, synchronise_batch_norm
 
 ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -137,6 +137,6 @@ def test_shards_are_the_parts_of_one_batch():
 def test_alone_nothing_is_exchanged():
     ours, torchs = BatchNorm2d(3), torch.nn.BatchNorm2d(3)
     assert synchronise_batch_norm(torch.nn.Sequential(ours, torchs)) == 1
-    assert type(ours) is SyncBatchNorm2d and type(torchs) is torch.nn.BatchNorm2d
+    assert type(ours) is SyncBatchNorm and type(torchs) is torch.nn.BatchNorm2d
     x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(x), torchs(x))

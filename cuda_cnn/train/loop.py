@@ -228,7 +228,11 @@ class Trainer:
         for change in self.augment:
             image = change(image, torch.Generator())
         for x, network in ((image, model), (seen, partial(self.test, model) if self.test else model)):
-            if (shape := list(network(x).shape)) != [1, len(self.data.classes)]:
+            try:
+                shape = list(network(x).shape)
+            except RuntimeError as error:
+                raise ValueError(f"{self.recipe.model}: a picture of {list(x.shape[1:])}: {error}") from error
+            if shape != [1, len(self.data.classes)]:
                 raise ValueError(
                     f"{self.recipe.model} gives {shape} for one picture of {list(x.shape[1:])}, expected "
                     f"[1, {len(self.data.classes)}]: it needs pictures of another size"

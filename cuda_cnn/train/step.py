@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
+from ..models.registry import nearest
 from .diagnose import NonFiniteError, first_non_finite
 from .evaluation import scores
 from .optimisation import make_loss, make_optimizer
@@ -35,8 +36,6 @@ class Step:
         if not hasattr(model, "devices"):  # AlexNet's towers have their own
             model.to(device)
         self.model = model.to(memory_format=self.layout)
-        if recipe.sync_batch_norm:
-            synchronise_batch_norm(model)
         self.loss = make_loss(recipe, model)
         self.optimizer = make_optimizer(model.parameters(), recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
@@ -45,8 +44,15 @@ class Step:
             update = get_ema_multi_avg_fn(recipe.average)
             self.average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
         if recipe.compile:
+            known = torch.compiler.list_backends(exclude_tags=())
+            if recipe.compile not in known:
+                raise ValueError(
+                    f"compile: unknown backend {recipe.compile!r}{nearest(recipe.compile, known)}"
+                )
             model.compile(backend=recipe.compile)
         self.network = DistributedDataParallel(model) if workers.count > 1 else model
+        if recipe.sync_batch_norm:  # afterwards: it refuses torch's class on a CPU, where ours works
+            synchronise_batch_norm(model)
 
     @property
     def trained(self) -> nn.Module:

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     if list(data.shape) != state["shape"] or list(data.classes) != state["classes"]:
         raise CheckpointError(
             f"{args.checkpoint} takes pictures {state['shape']} of {len(state['classes'])} classes; "
-            f"{data.name} has {list(data.shape)} of {len(data.classes)}"
+            f"{data.name} has {list(data.shape)} of {len(data.classes)} classes"
         )
     chosen = device(args.device)
     test = _test(args, state.get("recipe", {}).get("test_crop", 0))
