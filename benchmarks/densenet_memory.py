@@ -1,8 +1,8 @@
 """Peak memory of a DenseNet training step: this library's, its forms, and torchvision's where it is installed.
 
-    python benchmarks/densenet_memory.py [--model densenet121] [--batch 8] [--side 224] [--json FILE]
+    python benchmarks/densenet_memory.py [--model densenet121] [--batch 8] [--side 224] [--threads 2] [--json FILE]
 
-Each form runs in a process of its own, on one thread, after a first step that leaves caches as they will be. On a CPU
+Each form runs in a process of its own, after a first step that leaves caches as they will be. On a CPU
 the figure is the growth of the resident set, sampled every half millisecond, with freed blocks given back to the
 system at once; on a GPU it is `torch.cuda.max_memory_allocated`. Outputs are compared before a figure counts.
 """
@@ -46,13 +46,13 @@ def build(form: str, name: str):
     return create_model(name, memory_efficient=efficient)
 
 
-def measure(form: str, name: str, batch: int, side: int) -> dict:
+def measure(form: str, name: str, batch: int, side: int, threads: int) -> dict:
     """One training step of one form, in this process."""
     import torch
 
     m_mmap_threshold = -3  # of malloc.h: blocks from here on go back to the system when they are freed
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(form, name).to(device, memory_format=torch.channels_last)
     x = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
@@ -106,11 +106,12 @@ def main() -> None:
     parser.add_argument("--model", default="densenet121")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--form", choices=FORMS, help="measure this one in this process, print JSON")
     args = parser.parse_args()
     if args.form:
-        print(json.dumps(measure(args.form, args.model, args.batch, args.side)))
+        print(json.dumps(measure(args.form, args.model, args.batch, args.side, args.threads)))
         return
     rows = []
     for form in FORMS:
@@ -118,7 +119,7 @@ def main() -> None:
             print(f"{FORMS[form]:50} not installed")
             continue
         command = [sys.executable, __file__, "--form", form]
-        sizes = ["--model", args.model, "--batch", str(args.batch), "--side", str(args.side)]
+        sizes = [f"--{key}={getattr(args, key)}" for key in ("model", "batch", "side", "threads")]
         answer = subprocess.run([*command, *sizes], check=True, capture_output=True, text=True).stdout
         row = json.loads(answer.splitlines()[-1])
         if rows and abs(row["output"] - rows[0]["output"]) > 1e-3 * abs(rows[0]["output"]):

@@ -1,12 +1,14 @@
 """CIFAR's two file formats and folders of pictures, good and bad."""
 
 import pickle
+import sys
 
 import numpy
 import pytest
 import torch
 from torch import Tensor
 
+from cuda_cnn.train.augmentation import build
 from cuda_cnn.train.crops import Crop
 from cuda_cnn.train.data import DataError, load_data
 from cuda_cnn.train.imagefolder import DEVIATION, MEAN, imagefolder
@@ -186,3 +188,64 @@ def test_a_network_trains_on_a_folder(tmp_path):
     trainer.data.test.side = 64
     assert len(trainer.fit().labels) == 2
     assert Crop(64)(torch.zeros(2, 3, 256, 256), torch.Generator()).shape[-1] == 64
+
+
+# torchvision's
+
+
+def test_a_torchvision_set_of_grey_pictures(tmp_path):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for stem, count in (("train", 6), ("t10k", 3)):
+        for name, shape in (
+            (f"{stem}-images-idx3-ubyte", (count, 28, 28)),
+            (f"{stem}-labels-idx1-ubyte", (count,)),
+        ):
+            head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+            (raw / name).write_bytes(head + bytes([3] * torch.Size(shape).numel()))
+    data = load_data(f"torchvision:FashionMNIST:{tmp_path}")
+    assert (len(data.train), len(data.test), data.shape, len(data.classes)) == (6, 3, (1, 32, 32), 10)
+    picture, label = data.train[5]
+    assert label == 3 and picture.shape == (1, 32, 32)
+    assert picture[0, 16, 16].item() == pytest.approx(3 / 255 * 1.275 - 0.1)
+    trainer = Trainer(Recipe("lenet5_modern", epochs=1, batch_size=3, threads=1), data)
+    assert len(trainer.fit().labels) == 3
+
+
+def test_a_torchvision_set_of_coloured_pictures(tmp_path):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    for part in ("train", "valid", "test"):
+        for name, colour in (("AA", (255, 0, 0)), ("BB", (0, 0, 255))):
+            write_pictures(tmp_path / "country211" / part / name, 2, colour)
+    data = load_data(f"torchvision:Country211:{tmp_path}")
+    assert (len(data.train), len(data.test), data.shape, data.classes) == (4, 4, (3, 30, 30), ["AA", "BB"])
+    red = (torch.tensor([1.0, 0, 0]) - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
+    torch.testing.assert_close(data.train[0][0][:, 0, 0], red)
+
+
+def test_torchvision_sets_that_are_not_there(tmp_path):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    with pytest.raises(DataError, match="unknown data set 'FashionMnist': did you mean 'FashionMNIST'"):
+        load_data(f"torchvision:FashionMnist:{tmp_path}")
+    with pytest.raises(DataError, match=r"torchvision:FashionMNIST:.*cannot be read"):
+        load_data(f"torchvision:FashionMNIST:{tmp_path}")
+    with pytest.raises(DataError, match="no training and test part"):
+        load_data(f"torchvision:FakeData:{tmp_path}")
+
+
+def test_torchvision_transforms_draw_from_the_generator():
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    (step,) = build([{"name": "torchvision", "transform": "RandomErasing", "p": 1.0}])
+    images, before = torch.ones(4, 3, 16, 16), torch.get_rng_state()
+    one, same, other = (step(images, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="unknown transform 'RandomErase': did you mean 'RandomErasing'"):
+        build([{"name": "torchvision", "transform": "RandomErase"}])
+
+
+def test_torchvision_is_named_where_it_is_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(ImportError, match="this needs torchvision"):
+        load_data("torchvision:MNIST:x")

@@ -138,6 +138,23 @@ def test_colour_noise_of_a_training_set():
     assert noise.axes[:, 1:].norm() < 1e-6
 
 
+def test_colour_noise_of_a_recipes_training_set():
+    """Channels were divided by `scale`: the axis is that of the pixels before, the shift that of those after."""
+    pixels = torch.rand(40, 1, 4, 4, generator=generator()) * torch.tensor([0.5, 0.25, 0.1]).view(3, 1, 1)
+    scale = (0.5, 0.25, 0.1)
+    train = ImageSet(pixels / torch.tensor(scale).view(3, 1, 1), torch.zeros(40))
+    description = {"name": "colour_noise", "of": "train", "std": 1.0, "scale": scale}
+    (step,) = build([description], train)
+    expected = ColourNoise.of(pixels, 1.0)
+    torch.testing.assert_close(step.axes.abs(), expected.axes.abs())
+    shift = step(train.images, generator()) - train.images
+    torch.testing.assert_close(
+        shift[:, 1], shift[:, 0], rtol=1e-3, atol=1e-5
+    )  # one axis, levelled by the scale
+    with pytest.raises(ValueError, match=r"colour_noise.*unexpected keyword argument 'sdt'"):
+        build([{"name": "colour_noise", "of": "train", "sdt": 1.0}], train)
+
+
 def test_colour_noise_needs_three_channels():
     with pytest.raises(ValueError, match=r"expected pictures of shape \(N, 3, H, W\), got \[2, 1, 4, 4\]"):
         ColourNoise()(torch.zeros(2, 1, 4, 4), generator())
