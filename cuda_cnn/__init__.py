@@ -6,7 +6,9 @@ from cuda_cnn import _extension  # noqa: F401  (first: it checks the build, load
 from cuda_cnn import backends, functional, nn, reference
 from cuda_cnn._build_info import build_info as _build_info
 from cuda_cnn.convert import convert, revert
+from cuda_cnn.explain import explain
 from cuda_cnn.models import create_model, list_models, load_weights
+from cuda_cnn.override import disable, enable, use
 
 __version__: str = _build_info()["version"]
 
@@ -14,10 +16,14 @@ __all__ = [
     "backends",
     "convert",
     "create_model",
+    "disable",
+    "enable",
+    "explain",
     "functional",
     "list_models",
     "load_weights",
     "nn",
     "reference",
     "revert",
+    "use",
 ]

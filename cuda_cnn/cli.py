@@ -22,6 +22,7 @@ COMMANDS = {
     "summary": ("cuda_cnn.models.summary", "a network's layers: shapes, costs, memory, receptive fields"),
     "bench": ("cuda_cnn.bench.command", "every kernel and network beside torch's, and the machine's limits"),
     "profile": ("cuda_cnn.bench.profile", "where a network's step spends its time, by layer and operator"),
+    "explain": ("cuda_cnn.explain", "what runs each layer of a network, and why"),
     "predict": ("cuda_cnn.train.commands.predict", "classify picture files with a trained network"),
 }
 

@@ -215,6 +215,14 @@ def _why_not(layer: Module, to: dict[type, type]) -> str | None:
     return f"a subclass of {_class_name(next(b for b in kind.__mro__ if b in to))}, whose code may be another"
 
 
+def why_left(layer: Module) -> str | None:
+    """Why a layer is not on these kernels: what `convert` would say, or that nobody has called it. None: it is, or
+    it is no layer that has a counterpart here."""
+    if type(layer) in _OURS and _obstacle(layer) is None:
+        return f"{_class_name(type(layer))} is not converted"
+    return _why_not(layer, _OURS)
+
+
 def _obstacle(layer: Module) -> str | None:
     """What keeps a layer of the right class from running on these kernels."""
     if getattr(layer, "qconfig", None) is not None:
