@@ -24,6 +24,17 @@ __all__ = [
 ]
 
 
+def _is_node(layer: torch.nn.Module, input: Tensor) -> bool:
+    """Whether torch.fx is tracing a network that this layer is part of: it is to become one node of the graph, as a
+    layer of torch.nn does. fx itself takes those for leaves whose class is defined in torch.nn."""
+    return isinstance(input, torch.fx.Proxy) and input.tracer.root is not layer
+
+
+def _node(layer: torch.nn.Module, input: torch.fx.Proxy, **kwargs: object) -> torch.fx.Proxy:
+    tracer = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input,), kwargs)
+
+
 def _count_batch(
     norm: torch.nn.modules.batchnorm._BatchNorm,
 ) -> tuple[Tensor | None, Tensor | None, bool, float]:
@@ -47,6 +58,9 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        if _is_node(self, input):
+            fused = {"residual": residual, "relu": relu} if relu or residual is not None else {}
+            return _node(self, input, **fused)
         self._check_input_dim(input)
         running_mean, running_var, training, momentum = _count_batch(self)
         return F.batch_norm(
@@ -80,6 +94,11 @@ class Concat(torch.nn.Module):
 class Conv2d(torch.nn.Conv2d):
     """`torch.nn.Conv2d` on :func:`cuda_cnn.functional.conv2d`."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        if _is_node(self, input):
+            return _node(self, input)
+        return self._conv_forward(input, self.weight, self.bias)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
@@ -94,6 +113,8 @@ class LocalResponseNorm(torch.nn.LocalResponseNorm):
     """`torch.nn.LocalResponseNorm` on :func:`cuda_cnn.functional.local_response_norm`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if _is_node(self, input):
+            return _node(self, input)
         return F.local_response_norm(input, self.size, self.alpha, self.beta, self.k)
 
 
@@ -101,6 +122,8 @@ class MaxPool2d(torch.nn.MaxPool2d):
     """`torch.nn.MaxPool2d` on :func:`cuda_cnn.functional.max_pool2d`."""
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if _is_node(self, input):
+            return _node(self, input)
         window = self.kernel_size, self.stride, self.padding, self.dilation
         return F.max_pool2d(input, *window, ceil_mode=self.ceil_mode, return_indices=self.return_indices)
 
@@ -110,6 +133,8 @@ class SyncBatchNorm(torch.nn.SyncBatchNorm):
     images of all processes of the group; else it is batch normalisation."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if _is_node(self, input):
+            return _node(self, input)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         running_mean, running_var, training, momentum = _count_batch(self)
