@@ -39,6 +39,16 @@ KINDS = {
 }
 
 
+# What an operator's name contains: what its own time is called, where no layer is left to tell.
+OPERATOR_KINDS = (
+    *(("conv", "convolution"), ("batch_norm", "batch_norm"), ("max_pool", "max_pool")),
+    *(("local_response_norm", "local_response_norm"), ("concat", "concat"), ("aten::cat", "concat")),
+    *(("write_channels", "concat"), ("addmm", "linear"), ("aten::mm", "linear"), ("linear", "linear")),
+    *(("relu", "relu"), ("clamp", "relu"), ("threshold", "relu"), ("avg_pool", "average pool")),
+    *(("subsample", "subsample"), ("ompiled", "compiled"), ("graph_", "compiled")),
+)
+
+
 @dataclass
 class LayerTime:
     """Seconds of one step."""
@@ -62,9 +72,13 @@ class StepTimes:
     total: float = 0.0
 
     def by_kind(self) -> dict[str, float]:
+        """Of the layers, or, where none were named, of the operators."""
         found: dict[str, float] = {}
         for layer in self.layers:
             found[layer.kind] = found.get(layer.kind, 0.0) + layer.total
+        for name, seconds, _ in () if self.layers else self.operators:
+            kind = next((kind for part, kind in OPERATOR_KINDS if part in name), OTHER)
+            found[kind] = found.get(kind, 0.0) + seconds
         found[OTHER] = found.get(OTHER, 0.0) + max(0.0, self.total - sum(found.values()))
         return found
 
@@ -79,7 +93,7 @@ def profile_step(
     """Means over `steps` of step(), which runs the model; a first one is not counted. trace: a Chrome trace's file."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
-    with _named_ranges(model):
+    with _named_ranges(model) if model is not None else contextlib.nullcontext():
         step()
         with profiler(activities=activities) as seen:
             for _ in range(steps):
@@ -89,7 +103,7 @@ def profile_step(
                         torch.cuda.synchronize()
     if trace is not None:
         seen.export_chrome_trace(str(trace))
-    return _read(list(seen.events()), _kinds(model), steps, cuda)
+    return _read(list(seen.events()), _kinds(model) if model is not None else {}, steps, cuda)
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:

@@ -84,6 +84,7 @@ def network(row: dict, settings: Settings, device: Device) -> dict:
     exact = _answer(build("torch", model.double(), training), x.double(), training)
     model, x = model.to(dtype_of(row["dtype"])), x.to(dtype_of(row["dtype"]))
     found: dict = {"times": {}, "ratios": {}, "absent": {}, "wrong": {}}
+    nets: dict[str, nn.Module] = {}
     runs: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     for form in settings.forms:
@@ -91,7 +92,7 @@ def network(row: dict, settings: Settings, device: Device) -> dict:
             net = build(form, model, training, device.kind)
             errors[form] = _distance(_answer(net, x, training), exact)
             _check(row, form, errors)
-            runs[form] = step_of(net, x, training)
+            nets[form], runs[form] = net, step_of(net, x, training)
         except UnavailableError as reason:
             found["absent"][form] = str(reason)
         except WrongResultError as reason:
@@ -108,7 +109,7 @@ def network(row: dict, settings: Settings, device: Device) -> dict:
             "error": errors[form],
             "memory": max((held for _, held in curve), default=0),
             "curve": _thinned(curve),
-            "by_kind": _by_kind(model, form, x, training, device),
+            "by_kind": _by_kind(nets[form], form, run, device),
         }
     if "torch" in times:
         found["ratios"] = {
@@ -172,14 +173,10 @@ def _check(row: dict, form: str, errors: dict[str, float]) -> None:
         )
 
 
-def _by_kind(
-    model: nn.Module, form: str, x: Tensor, training: bool, device: Device
-) -> dict[str, float] | None:
-    """Seconds by kind of layer; None for a compiled network, which has no layers any more."""
-    if form == "compile":
-        return None
-    net = build(form, model, training)
-    return profile_step(net, step_of(net, x, training), 2, cuda=device.torch_device.type == "cuda").by_kind()
+def _by_kind(net: nn.Module, form: str, run: Callable[[], object], device: Device) -> dict[str, float]:
+    """Seconds by kind of layer. Hooks would undo a fused network, and a compiled one has none: kind of operator."""
+    layered = net if form in ("torch", "cuda_cnn") else None
+    return profile_step(layered, run, 2, cuda=device.torch_device.type == "cuda").by_kind()
 
 
 def _thinned(curve: list[tuple[float, int]], points: int = 300) -> list[list[float]]:

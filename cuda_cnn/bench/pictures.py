@@ -13,6 +13,10 @@ __all__ = ["drawings", "save"]
 
 DOTS_PER_INCH = 110
 FASTER, SLOWER, NEUTRAL = "#2a7f62", "#c0392b", "#5b7aa8"
+_COLOURS = (
+    *("#2a7f62", "#5b7aa8", "#d68910", "#7d3c98", "#c0392b", "#1abc9c", "#a04000", "#7f8c8d"),
+    *("#f1c40f", "#34495e", "#e59866", "#85c1e9", "#bb8fce", "#b2babb"),
+)
 FORM_COLOURS = {"torch": "#7f8c8d", "compile": "#d68910", "cuda_cnn": "#2a7f62", "fused": "#1a5276"}
 
 
@@ -103,25 +107,26 @@ def roofline(rows: list[dict], roofs: dict[str, dict], dtype: str):
 
 
 def networks(rows: list[dict]):
-    """A bar for each form of each network: its time, stacked by kind of layer. A compiled network is one block."""
+    """A bar for each form of each network: its time, stacked by kind of layer, or of operator where layers are
+    compiled or fused away."""
     figure = _figure(max(6, 1.9 * len(rows) + 1.5), 4.6)
     axes = figure.subplots(1, len(rows), squeeze=False)[0]
-    kinds = list(dict.fromkeys(k for row in rows for t in row["times"].values() for k in t["by_kind"] or {}))
-    palette = {kind: f"C{i % 10}" for i, kind in enumerate(kinds)}
+    kinds = list(dict.fromkeys(k for row in rows for t in row["times"].values() for k in t["by_kind"]))
+    palette = dict(zip(kinds, _COLOURS))
     for panel, row in zip(axes, rows):
         for place, times in enumerate(row["times"].values()):
             total = times["seconds"][0]
-            shares = times["by_kind"] or {"compiled": 1.0}
+            shares = times["by_kind"]
             whole, bottom = sum(shares.values()), 0.0
             for kind, share in shares.items():
                 height = 1e3 * total * share / whole
-                panel.bar(place, height, bottom=bottom, color=palette.get(kind, "#b2babb"), width=0.75)
+                panel.bar(place, height, bottom=bottom, color=palette[kind], width=0.75)
                 bottom += height
         panel.set_xticks(range(len(row["times"])), list(row["times"]), rotation=90, fontsize=8)
         panel.set_title(f"{row['model']}\n{row['pass']} {row['dtype']}", fontsize=8)
         panel.tick_params(axis="y", labelsize=7)
     axes[0].set_ylabel(f"ms, batch {rows[0]['batch']}")
-    handles = [_patch(palette.get(k, "#b2babb"), k) for k in (*kinds, "compiled")]
+    handles = [_patch(palette[k], k) for k in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=7)
     return figure
 

@@ -81,7 +81,8 @@ def _times(
 ) -> StepTimes:
     training = args.direction == "train"
     net = build(form, model, training)
-    return profile_step(net, step_of(net, x, training), args.steps, trace, x.is_cuda)
+    layered = None if form == "fused" else net  # hooks would undo it
+    return profile_step(layered, step_of(net, x, training), args.steps, trace, x.is_cuda)
 
 
 def layer_table(ours: StepTimes, other: StepTimes, name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Protocol
 __all__ = ["Call", "Clock", "WallClock", "interleave"]
 
 LEAST_SAMPLE = 1e-3
+LONG_SAMPLE = 0.02
 LEAST_ROUNDS = 7
 
 
@@ -79,8 +80,8 @@ def interleave(
 
 
 def _repeats(run: Callable[[], object], clock: Clock) -> int:
-    clock.sample(run, 1)
-    if not clock.repeatable:
+    # The first run is a warm-up; a long one says all that is needed.
+    if clock.sample(run, 1) > LONG_SAMPLE or not clock.repeatable:
         return 1
     once = min(clock.sample(run, 1) for _ in range(2))
     return max(1, round(LEAST_SAMPLE / max(once, 1e-9)))
