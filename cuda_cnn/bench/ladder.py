@@ -30,18 +30,14 @@ RUNGS = {
 
 def variants(op: str, device: Device) -> list[tuple[str, str]]:
     """(words, implementation), the naive one first."""
-    found = [("formula in tensor arithmetic", "reference")]
-    if device.kind == "cpu":
-        sets = _C.cpu_isas()
-        if op == "conv2d":
-            found += [("loops", "cuda_cnn:reference")]
-        found += [(f"kernel, {name}", f"cuda_cnn:{name}") for name in sets if op != "conv2d"]
-        if op == "conv2d":
+    conv2d = op == "conv2d"
+    found = [("loops", "cuda_cnn:reference")] if conv2d else []
+    found += [("formula in tensor arithmetic", "reference")]
+    if device.kind == "cpu":  # the best instruction set is the chosen one
+        found += [(f"kernel, {name}", f"cuda_cnn:{name}") for name in _C.cpu_isas()[:-1]]
+        if conv2d:
             found += [("packed matrix product", "cuda_cnn:gemm"), ("Winograd", "cuda_cnn:winograd")]
-            found += [(f"chosen, {name}", f"cuda_cnn:{name}") for name in sets]
-    elif op == "conv2d":
-        found += [("implicit matrix product", "cuda_cnn:gemm"), ("loops", "cuda_cnn:reference")]
-    return [*found, ("chosen", "cuda_cnn"), ("torch", "torch")]
+    return [*found, ("kernel as chosen", "cuda_cnn"), ("torch", "torch")]
 
 
 def steps(
