@@ -31,8 +31,11 @@ CASES = {
     "groups": ((2, 12, 7, 9), (15, 4, 3, 5), ((1, 2), (1, 2), (1, 1), 3)),
     "depthwise": ((2, 37, 9, 8), (37, 1, 3, 3), ((1, 1), (1, 1), (1, 1), 37)),
     "depthwise stride 2, multiplier 2": ((2, 9, 9, 8), (18, 1, 5, 3), ((2, 2), (2, 0), (1, 1), 9)),
-    "two blocks of depth": ((1, 70, 6, 5), (8, 70, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
-    "blocks within a tap": ((1, 401, 3, 4), (34, 401, 2, 1), ((1, 1), (1, 0), (1, 1), 1)),
+    "groups of 2": ((1, 22, 9, 11), (22, 2, 5, 3), ((2, 1), (2, 1), (1, 2), 11)),
+    "groups of 4": ((2, 36, 9, 10), (36, 4, 3, 3), ((1, 1), (1, 1), (1, 1), 9)),
+    "groups of 8": ((1, 40, 7, 12), (40, 8, 3, 4), ((1, 2), (1, 1), (1, 1), 5)),
+    "two blocks of depth": ((1, 130, 6, 5), (8, 130, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
+    "blocks within a tap": ((1, 1031, 3, 4), (34, 1031, 2, 1), ((1, 1), (1, 0), (1, 1), 1)),
     "wide": ((1, 5, 2, 70), (33, 5, 1, 3), ((1, 1), (0, 1), (1, 1), 1)),
     "empty batch": ((0, 3, 5, 5), (4, 3, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
 }
@@ -99,6 +102,20 @@ def test_every_algorithm_is_exact(isa, case, name):
     with backends.flags(conv2d_algorithm=name):
         for dtype in (torch.float32, torch.bfloat16):
             check_bitwise(case, dtype, "channels_last")
+
+
+@pytest.mark.parametrize("case", ["groups of 2", "groups of 4", "groups of 8"])
+def test_infinity_stays_in_its_group(isa, case):
+    """Groups that share a vector share no sum: not even 0 * Inf."""
+    x, weight, bias, geometry, dy = make(case, small_integers, torch.float32)
+    x[:, 3], dy[:, 3] = float("inf"), float("inf")
+    size = weight.shape[1]
+    ours = with_gradients(F.conv2d, x, weight, bias, geometry, dy)
+    for name, axis in (("y", 1), ("dx", 1), ("dweight", 0)):
+        finite = ours[name].isfinite().movedim(axis, 0).flatten(1).all(1)
+        hit = {3 // size * size + i for i in range(size)}
+        assert all(finite[i] for i in range(len(finite)) if i not in hit), f"{name} of {case}"
+        assert not finite[3], f"{name} of {case}: Inf was lost"
 
 
 def error_bound(depth, dtype, size):

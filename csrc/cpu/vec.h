@@ -182,4 +182,16 @@ CUDA_CNN_INLINE void opaque(T*& p) {
   asm volatile("" : "+r"(p));
 }
 
+// The same for a vector: it is loaded here, once, and no instruction reads it from memory again.
+template <class V>
+CUDA_CNN_INLINE void pin(V& v) {
+#if defined(__aarch64__)
+  asm volatile("" : "+w"(v));
+#elif defined(CUDA_CNN_ISA_AVX512)
+  asm volatile("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm volatile("" : "+x"(v));
+#endif
+}
+
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -1,4 +1,4 @@
-// Which algorithm a convolution takes. Pure: the answer depends on the parameters alone.
+// Which algorithm a convolution takes. Pure: the answer depends on the parameters and the instruction set.
 #include "kernels/conv2d.h"
 
 namespace cuda_cnn::cpu {
@@ -20,6 +20,19 @@ bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
   return true;
 }
 
+// Channels that one vector computes; 16-bit types are computed in float.
+int64_t vector_lanes(DType dtype) {
+  const int64_t bytes = isa() == Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16;
+  return bytes / max64(4, element_size(dtype));
+}
+
+// As many filters as channels: 1, or a power of two that a kernel exists for.
+bool narrow_groups(const Conv2dParams& p) {
+  const int64_t channels = p.C / p.groups;
+  const bool has_kernel = channels == 1 || channels == 2 || channels == 4 || channels == 8;
+  return p.K == p.C && has_kernel && channels <= vector_lanes(p.dtype);
+}
+
 // Whether the algorithm can compute this at all.
 bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   switch (algorithm) {
@@ -27,7 +40,7 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
       return p.dtype == DType::kFloat32 && p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 &&
              p.dilation_h == 1 && p.dilation_w == 1 && !empty_sum(direction, p);
     case Conv2dAlgorithm::kDepthwise:
-      return p.groups == p.C && p.K == p.C && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
+      return narrow_groups(p) && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kGemm:
       return !empty_sum(direction, p);
     case Conv2dAlgorithm::kReference:
@@ -39,6 +52,8 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
 
 // Whether it is the fastest of those from here on.
 bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection, const Conv2dParams& p) {
+  // A single group, of a few channels, is a small matrix product.
+  if (algorithm == Conv2dAlgorithm::kDepthwise) return p.groups > 1 || p.C == 1;
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;
   // The transforms cost as much as some ten channels' products, and tiles of 4x4 must not be mostly edge.
   return p.allow_winograd && p.C / p.groups >= 16 && p.K / p.groups >= 16 && p.P >= 4 && p.Q >= 4;

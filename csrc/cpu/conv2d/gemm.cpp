@@ -19,11 +19,13 @@ struct GemmTasks {
 
 namespace {
 
-// A: 168 * 384 * 4 bytes = 252 KiB, a quarter of the L2 of the machines of today; B's block 48 KiB.
-constexpr int64_t kBlockDepth = 384;
+// A's block is read once a panel, and stays in an L2 of 512 KiB; B comes from L2 or L3, a line for each
+// kBlockRows * 2 multiply-adds at the least, which the prefetcher hides.
+constexpr int64_t kBlockDepth = 1024;
+constexpr int64_t kBlockRows = 168;
+constexpr int64_t kBlockBytes = 344064;
 // Products summed in registers before they join the rest: the error grows with the root of this.
 constexpr int64_t kChain = 128;
-constexpr int64_t kBlockTiles = 168 / kTileRows;
 // Below so many multiply-adds a thread is not worth waking.
 constexpr int64_t kWorthAThread = 100000;
 
@@ -45,6 +47,12 @@ DepthBlocks cut_depth(const Gather<T>& g) {
     cut.size = ceil_div(units, blocks) * cut.unit;
   }
   return cut;
+}
+
+template <class T>
+int64_t block_tiles(const DepthBlocks& cut) {
+  const int64_t row_bytes = cut.size * static_cast<int64_t>(sizeof(Accumulator<T>));
+  return max64(1, min64(kBlockRows, kBlockBytes / row_bytes) / kTileRows);
 }
 
 // The end of the block that begins at `begin`.
@@ -102,17 +110,23 @@ void run_task(const Task<T>& t) {
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
   const DepthBlocks cut = cut_depth(t.gather);
-  const int64_t step = ceil_div(cut.size, kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
-  Acc* a = workspace<Acc>(Workspace::kA, t.count * step);
+  const bool packs = !t.gather.is_matrix();
+  const int64_t step = packs ? (ceil_div(cut.size, kLanes<Acc>) + 1) * kLanes<Acc> : t.gather.pixel;
+  Acc* packed = packs ? workspace<Acc>(Workspace::kA, t.count * step) : nullptr;
   Acc* sums = workspace<Acc>(Workspace::kB, ceil_div(t.columns, kColumns) * t.count * kColumns);
-  Gather<T> gather = t.gather;
+  const Gather<T>& gather = t.gather;
   // A whole panel of float goes straight to its place, and sums there.
   const bool in_place = sizeof(T) == sizeof(Acc) && t.linear && !t.scatter.residual;
 
   for (int64_t begin = 0; begin < cut.depth;) {
     const int64_t end = block_end(cut, begin);
     const bool last = end == cut.depth;
-    pack_positions(gather, t.position, t.count, begin, end, a, step);
+    const Acc* a = packed;
+    if (packs) {
+      pack_positions(gather, t.position, t.count, begin, end, packed, step);
+    } else {
+      a = reinterpret_cast<const Acc*>(gather.source) + t.position * step + begin;
+    }
     for (int64_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
       const int64_t columns = min64(t.columns - panel * kColumns, kColumns);
       const int64_t channel = t.channel + panel * kColumns;
@@ -144,13 +158,13 @@ void run_task(const Task<T>& t) {
 }
 
 // As many blocks of positions as threads want, then the channels are cut too where those are too few.
-GemmTasks cut_tasks(int64_t positions, int64_t panels, int64_t groups, bool small) {
+GemmTasks cut_tasks(int64_t positions, int64_t panels, int64_t groups, int64_t block_tiles, bool small) {
   const int64_t tiles = ceil_div(positions, kTileRows), threads = small ? 1 : num_threads();
-  int64_t blocks = ceil_div(tiles, kBlockTiles), parts = 1;
+  int64_t blocks = ceil_div(tiles, block_tiles), parts = 1;
   if (blocks * groups % threads != 0) blocks = min64(tiles, ceil_div(blocks, threads) * threads);
   // Few positions: a block of less than 4 tiles would read all the weights for little.
   if (tiles < 4 * blocks && threads > 1) {
-    blocks = ceil_div(tiles, kBlockTiles);
+    blocks = ceil_div(tiles, block_tiles);
     parts = min64(panels, ceil_div(threads, blocks * groups));
   }
   const int64_t tiles_a_block = ceil_div(tiles, blocks);
@@ -167,8 +181,8 @@ void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumul
   const int64_t group_panels = ceil_div(columns, kColumns);
   const bool linear =
       scatter.step_h == 1 && scatter.step_w == 1 && gather.P == scatter.H && gather.Q == scatter.W;
-  const GemmTasks cut =
-      cut_tasks(positions, group_panels, groups, positions * depth * columns * groups < 2 * kWorthAThread);
+  const GemmTasks cut = cut_tasks(positions, group_panels, groups, block_tiles<T>(cut_depth(gather)),
+                                  positions * depth * columns * groups < 2 * kWorthAThread);
 
   parallel_for(cut.blocks * groups * cut.channel_parts, 1, [&](int64_t task_begin, int64_t task_end) {
     for (int64_t task = task_begin; task < task_end; ++task) {

@@ -22,6 +22,11 @@ struct Gather {
   bool relu = false;
 
   int64_t depth() const { return R * S * channels; }
+  // Whether the source itself is the matrix: rows `pixel` apart, nothing to convert.
+  bool is_matrix() const {
+    return sizeof(T) == sizeof(Accumulator<T>) && R * S == 1 && stride_h == 1 && stride_w == 1 &&
+           base_h == 0 && base_w == 0 && P == H && Q == W && !scale && !relu;
+  }
   Gather of_group(int64_t group) const {
     Gather of_group = *this;
     of_group.source += group * channels;

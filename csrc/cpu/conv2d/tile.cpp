@@ -27,7 +27,10 @@ template <class Acc, int kRows, int kVectors, class Value>
 CUDA_CNN_INLINE void multiply_add(Vec<Acc> (&sums)[kRows][kVectors], const Acc* b, const Value& value) {
   Vec<Acc> columns[kVectors];
 #pragma GCC unroll 2
-  for (int j = 0; j < kVectors; ++j) columns[j] = load(b + j * kLanes<Acc>);
+  for (int j = 0; j < kVectors; ++j) {
+    columns[j] = load(b + j * kLanes<Acc>);
+    pin(columns[j]);
+  }
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i) {
     const Vec<Acc> row = broadcast(value(i));
@@ -53,6 +56,8 @@ void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth,
 #pragma GCC unroll 4
     for (int d = 0; d < kUnroll; ++d) {
       opaque(b);
+#pragma GCC unroll 5
+      for (int g = 0; g < kGroups; ++g) opaque(rows[g]);
       multiply_add<Acc>(sums, b + d * kTileColumns<Acc>, [&](int i) __attribute__((always_inline)) {
         return rows[i / 3][i % 3 * a_step + d];
       });

@@ -57,19 +57,37 @@ struct WeightGradTask {
   T* dweight;            // of the group, where this task sums all pixels; or null
 };
 
-// Whether x itself is the matrix of a block: rows a fixed step apart, nothing to convert. With rows of 2 KiB
-// or more too many of a block would share a cache set.
+// Asks for the lines of the block of rows that comes next, a few at a time, while this one is multiplied: its
+// columns are read down, which no hardware prefetcher foresees.
+struct Prefetch {
+  const char* row;
+  int64_t row_step, row_bytes, rows_left;
+  int64_t at = 0;
+
+  CUDA_CNN_INLINE void lines(int64_t count) {
+    for (; count > 0 && rows_left > 0; --count) {
+      __builtin_prefetch(row + at);
+      at += 64;
+      if (at < row_bytes) continue;
+      at = 0;
+      row += row_step;
+      --rows_left;
+    }
+  }
+};
+
 template <class T>
-bool is_its_own_matrix(const Gather<T>& g) {
-  return sizeof(T) == sizeof(Accumulator<T>) && g.R * g.S == 1 && g.stride_h == 1 && g.stride_w == 1 &&
-         g.base_h == 0 && g.base_w == 0 && g.P == g.H && g.Q == g.W && !g.scale && !g.relu && g.pixel < 512;
+Prefetch prefetch_rows(const T* rows, int64_t pixel, int64_t columns, int64_t count) {
+  const int64_t size = sizeof(T);
+  return {reinterpret_cast<const char*>(rows), pixel * size, columns * size, count};
 }
 
 template <class T>
 void accumulate(const WeightGradTask<T>& t) {
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
-  const bool in_place = is_its_own_matrix(t.gather);
+  // With rows of 2 KiB or more too many of a block would share a cache set.
+  const bool in_place = t.gather.is_matrix() && t.gather.pixel < 512;
   const int64_t packed_step = ceil_div(t.d_end - t.d_begin, kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
   const int64_t step = in_place ? t.gather.pixel : packed_step;
   Acc* packed = in_place ? nullptr : workspace<Acc>(Workspace::kA, kBlockPixels * step);
@@ -81,12 +99,16 @@ void accumulate(const WeightGradTask<T>& t) {
 
   for (int64_t pixel = t.pixel_begin; pixel < t.pixel_end; pixel += kBlockPixels) {
     const int64_t count = min64(t.pixel_end - pixel, kBlockPixels);
+    const int64_t next = pixel + count, next_count = min64(t.pixel_end - next, kBlockPixels);
     const Acc* a = packed;
     if (in_place) {
       a = reinterpret_cast<const Acc*>(t.gather.source) + pixel * step + t.d_begin;
     } else {
       pack_positions(t.gather, pixel, count, t.d_begin, t.d_end, packed, step);
     }
+    Prefetch next_x = prefetch_rows(a + count * step, step, d_count, in_place ? next_count : 0);
+    Prefetch next_dy = prefetch_rows(t.dy + next * t.dy_pixel + t.panel_begin * kColumns, t.dy_pixel,
+                                     (t.panel_end - t.panel_begin) * kColumns, next_count);
     for (int64_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
       const int64_t k = panel * kColumns;
       pack_panel(t.dy + pixel * t.dy_pixel + k, t.dy_pixel, t.outputs - k, count, b);
@@ -94,6 +116,8 @@ void accumulate(const WeightGradTask<T>& t) {
       for (int64_t d = 0; d < d_count; d += kTileRows) {
         find_tile<Acc>(TileOperand::kRowContiguous, min64(d_count - d, kTileRows), t.outputs - k)(
             a + d, step, b, count, {sums + d * kColumns, kColumns, nullptr, pixel > t.pixel_begin, false});
+        next_x.lines(16);
+        next_dy.lines(16);
       }
       if (t.dweight && pixel + count == t.pixel_end) {
         unpack_panel_transposed(sums, t.outputs - k, d_count, t.dweight + k * depth + t.d_begin, depth);
