@@ -80,7 +80,7 @@ class Problem:
             raise ValueError(f"unknown implementation {name!r}{nearest(name, IMPLEMENTATIONS)}")
         around = self._switches(name, variant)
         with around():
-            run = self._run(direction, name)
+            run = self._run(direction, name, variant)
             outputs = run()
             outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
             algorithm = self._algorithm(direction, name)
@@ -115,7 +115,7 @@ class Problem:
 
     # ---- Calls ------------------------------------------------------------------------------------------
 
-    def _run(self, direction: str, name: str) -> Callable[[], object]:
+    def _run(self, direction: str, name: str, variant: str) -> Callable[[], object]:
         if name == "cudnn":
             reason = cudnn_frontend.missing(self.layer, direction, self.layout, self.device)
             if reason:
@@ -123,11 +123,11 @@ class Problem:
             return cudnn_frontend.best_plan(self.layer, direction, self._operands(direction), self.dtype)
         leaves = [t.detach() for t in self.tensors]
         if direction == "forward":
-            return self._without_gradients(name, leaves)
+            return self._without_gradients(name, variant, leaves)
         wanted = self._wanted(direction, leaves)
         for leaf in wanted:
             leaf.requires_grad_()
-        call = self._callable(name, leaves, frozen=False)
+        call = self._callable(name, variant, leaves, frozen=False)
         if direction == "full":
             gradient = self._gradient_of(call())
             return lambda: torch.autograd.grad(call(), wanted, gradient)
@@ -135,8 +135,8 @@ class Problem:
         gradient = self._gradient_of(y)
         return lambda: torch.autograd.grad(y, wanted, gradient, retain_graph=True)
 
-    def _without_gradients(self, name: str, leaves: list[Tensor]) -> Callable[[], object]:
-        call = self._callable(name, leaves, frozen=self.device.kind == "cpu")
+    def _without_gradients(self, name: str, variant: str, leaves: list[Tensor]) -> Callable[[], object]:
+        call = self._callable(name, variant, leaves, frozen=self.device.kind == "cpu")
 
         def run() -> object:
             with torch.no_grad():
@@ -144,9 +144,9 @@ class Problem:
 
         return run
 
-    def _callable(self, name: str, leaves: list[Tensor], frozen: bool) -> Callable[[], Tensor]:
+    def _callable(self, name: str, variant: str, leaves: list[Tensor], frozen: bool) -> Callable[[], Tensor]:
         if name == "compile":
-            return rivals.compiled(self.layer, leaves, frozen)
+            return rivals.compiled(self.layer, leaves, self.device.kind, frozen, bool(variant))
         library = rivals.LIBRARIES[name]
         return lambda: rivals.apply(library, self.layer, leaves)
 
@@ -158,7 +158,7 @@ class Problem:
 
     def _switches(self, name: str, variant: str) -> Callable[[], contextlib.AbstractContextManager]:
         """`cuda_cnn:gemm` forces an algorithm, `cuda_cnn:baseline` an instruction set."""
-        if not variant:
+        if not variant or (name, variant) == ("compile", "max-autotune"):
             return contextlib.nullcontext
         if name != "cuda_cnn":
             raise ValueError(f"only cuda_cnn has variants, not {name}:{variant}")

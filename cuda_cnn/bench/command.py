@@ -127,7 +127,7 @@ def settings_of(args: argparse.Namespace) -> run.Settings:
         known = dict.fromkeys((*IMPLEMENTATIONS, *FORMS))
         _choice("--impl", ",".join(name.split(":")[0] for name in _list(args.impl)), known)
         values["implementations"] = tuple(n for n in _list(args.impl) if n.split(":")[0] in IMPLEMENTATIONS)
-        values["forms"] = tuple(name for name in _list(args.impl) if name in FORMS)
+        values["forms"] = tuple(n for n in _list(args.impl) if n.split(":")[0] in FORMS)
     if args.seconds is not None:
         values["seconds"] = args.seconds
     return run.Settings(**values)

@@ -129,7 +129,7 @@ def _network_table(rows: list[dict]) -> list[str]:
 
 
 def measured(document: dict[str, Any], names: list[str]) -> str:
-    """docs/measured.md: header, means, every loss, pictures, every layer."""
+    """docs/measured.md: header, means, every loss, pictures (a bar for every layer)."""
     parts = [
         "# Measured",
         "Made by `make figures` from `benchmarks/results/`; what it means: [benchmarks.md](benchmarks.md).",
@@ -145,7 +145,4 @@ def measured(document: dict[str, Any], names: list[str]) -> str:
     if document["ladder"]:
         parts += ["## From the naive form to the final one", f"```\n{ladder.table(document['ladder'])}\n```"]
     parts += ["## Pictures", *(f"![{name}](figures/{name})" for name in names)]
-    if document["rows"]:
-        rows = [report.cells(row, document["roofline"]) for row in document["rows"]]
-        parts += ["## Every layer", f"```\n{report.plain(report.COLUMNS, rows)}\n```"]
     return "\n\n".join(parts) + "\n"

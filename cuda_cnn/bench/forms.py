@@ -14,6 +14,7 @@ from ..convert import revert
 from ..models.densenet import DenseBlock
 from ..models.lenet import TableConv2d
 from .cases import UnavailableError
+from .rivals import compile_options
 
 __all__ = ["FORMS", "build", "outputs_of", "plain"]
 
@@ -51,13 +52,10 @@ def build(form: str, model: nn.Module, training: bool, device: str = "cpu") -> C
         return plain(model)
     if form == "cuda_cnn":
         return copy.deepcopy(model)
-    if form == "compile":
+    if form in ("compile", "compile:max-autotune"):
         torch._dynamo.reset()
-        network = plain(model)
-        if device == "cpu" and not training:
-            options = {"max_autotune": True, "freezing": True}
-            return torch.compile(network, options=options)
-        return torch.compile(network, mode="max-autotune-no-cudagraphs")
+        frozen = device == "cpu" and not training
+        return torch.compile(plain(model), options=compile_options(device, frozen, form != "compile"))
     if form == "fused":
         if importlib.util.find_spec("cuda_cnn.fuse") is None:
             raise UnavailableError("cuda_cnn.fuse is not available in this version")

@@ -179,7 +179,7 @@ def _by_kind(net: nn.Module, form: str, run: Callable[[], object], device: Devic
     return profile_step(layered, run, 2, cuda=device.torch_device.type == "cuda").by_kind()
 
 
-def _thinned(curve: list[tuple[float, int]], points: int = 300) -> list[list[float]]:
+def _thinned(curve: list[tuple[float, int]], points: int = 120) -> list[list[float]]:
     """At most so many points of (second, bytes), the highest of each stretch."""
     stride = max(1, len(curve) // points)
     stretches = (curve[i : i + stride] for i in range(0, len(curve), stride))
@@ -188,7 +188,7 @@ def _thinned(curve: list[tuple[float, int]], points: int = 300) -> list[list[flo
 
 def _cells(row: dict) -> tuple[str, ...]:
     cells = [row["model"], row["pass"], row["dtype"]]
-    for form in FORMS:
+    for form in dict.fromkeys((*FORMS, *row["times"])):
         if form in row["times"]:
             times = row["times"][form]
             ratios = row["ratios"].get(form)
@@ -203,6 +203,8 @@ def _cells(row: dict) -> tuple[str, ...]:
 
 def table(rows: list[dict]) -> str:
     """Times, × eager torch with the interval of the median, peak memory above what was held before the step."""
-    text = report.plain(("network", "pass", "dtype", *FORMS), [_cells(row) for row in rows])
+    forms = dict.fromkeys((*FORMS, *(form for row in rows for form in row["times"])))
+    lines = [(*cells, *[""] * (3 + len(forms) - len(cells))) for cells in map(_cells, rows)]
+    text = report.plain(("network", "pass", "dtype", *forms), lines)
     reasons = {**{k: v for row in rows for k, v in {**row["absent"], **row["wrong"]}.items()}}
     return "\n".join([text, *(f"{form}: {reason}" for form, reason in reasons.items())])

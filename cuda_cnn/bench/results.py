@@ -55,8 +55,28 @@ class Results:
         """Atomically: a reader, or a run that is killed, never leaves half a file."""
         if self.path is None:
             return
-        write_text(self.path, json.dumps(self.document, indent=1, ensure_ascii=False) + "\n")
+        write_text(self.path, _text(self.document))
         self.saved = time.monotonic()
+
+
+def _text(document: dict[str, Any]) -> str:
+    """JSON with a row a line, so that a change of a run can be read as one; numbers of six digits."""
+    parts = []
+    for name, value in document.items():
+        text = json.dumps(_rounded(value), ensure_ascii=False)
+        if name in SECTIONS and value:
+            lines = (json.dumps(_rounded(row), ensure_ascii=False) for row in value)
+            text = "[\n" + ",\n".join(lines) + "\n]"
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{" + ",\n".join(parts) + "}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from .. import functional as F
 from .. import reference
 from .shapes import Layer
 
-__all__ = ["LIBRARIES", "TORCH", "apply", "compiled", "data_operands", "vendor"]
+__all__ = ["LIBRARIES", "TORCH", "apply", "compile_options", "compiled", "data_operands", "vendor"]
 
 
 def _subsample(x: Tensor, coefficient: Tensor, bias: Tensor, *_: Any) -> Tensor:
@@ -70,17 +70,25 @@ class _TorchLayer(nn.Module):
         return apply(TORCH, self.layer, [*data, *self.values])
 
 
-def compiled(layer: Layer, tensors: list[Tensor], frozen: bool) -> Callable[[], Tensor]:
-    """torch.compile's own kernel for the layer, tuned; frozen: as inference on a CPU may have it, weights packed."""
+def compiled(
+    layer: Layer, tensors: list[Tensor], device: str, frozen: bool, tuned: bool
+) -> Callable[[], Tensor]:
+    """torch.compile's own kernel for the layer. frozen: as inference on a CPU may have it, with weights packed."""
     torch._dynamo.reset()  # else the ninth layer would quietly be run by eager code
     data = data_operands(layer, len(tensors))
     if frozen:
-        options = {"max_autotune": True, "freezing": True}
-        module = torch.compile(_TorchLayer(layer, tensors[data:]).eval(), fullgraph=True, options=options)
-        return lambda: module(*tensors[:data])
-    mode = "max-autotune-no-cudagraphs"  # graphs are --timing graph's, for all rivals
-    function = torch.compile(lambda *t: apply(TORCH, layer, list(t)), fullgraph=True, mode=mode)
+        module = _TorchLayer(layer, tensors[data:]).eval()
+        run = torch.compile(module, fullgraph=True, options=compile_options(device, True, tuned))
+        return lambda: run(*tensors[:data])
+    options = compile_options(device, False, tuned)
+    function = torch.compile(lambda *t: apply(TORCH, layer, list(t)), fullgraph=True, options=options)
     return lambda: function(*tensors)
+
+
+def compile_options(device: str, frozen: bool, tuned: bool) -> dict[str, bool]:
+    """Of torch.compile. A GPU is always tuned; graphs are --timing graph's, for all rivals. On a CPU tuning compiles
+    every candidate for each matrix product, which takes minutes a network: `compile:max-autotune` asks for it."""
+    return {"max_autotune": tuned or device == "cuda", "freezing": frozen, "triton.cudagraphs": False}
 
 
 def vendor(op: str, device: str = "cpu") -> str:
