@@ -21,6 +21,7 @@ from .rivals import vendor
 
 __all__ = ["busy", "header", "machine_name", "words"]
 
+ROOT = Path(__file__).parents[2]
 _QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
 
 
@@ -43,6 +44,7 @@ def header(device: Device) -> dict[str, Any]:
         "tf32": torch.backends.cudnn.allow_tf32 if device.kind == "cuda" else None,
         "cuda_cnn": build_info()["version"],
         "commit": commit(),
+        "kernels": kernels(),
         "compiler": build_info()["compiler"],
         "python": platform.python_version(),
         "system": platform.system(),
@@ -52,14 +54,20 @@ def header(device: Device) -> dict[str, Any]:
 
 def commit() -> str:
     """That of the source tree where there is one (with `+` where files are changed), else the build's."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists() or shutil.which("git") is None:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return build_info()["commit"]
-    named = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD").strip()
+    named = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD").strip()
     changed = _output(
-        "git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "cuda_cnn", "csrc"
+        "git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "cuda_cnn", "csrc"
     )
     return named + ("+" if changed.strip() else "") if named else build_info()["commit"]
+
+
+def kernels() -> str | None:
+    """git's name of csrc/ as it is committed: the same kernels have the same one in every history."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    return _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD:csrc").strip() or None
 
 
 def machine_name(head: dict[str, Any]) -> str:
@@ -75,7 +83,7 @@ def words(head: dict[str, Any]) -> list[str]:
     lines = [
         f"{head['machine']}: {cpu if head['device'] == 'cpu' else head['gpu']}",
         f"torch {head['torch']}, {vendor_version}, CUDA {head['cuda'] or 'none'}, Python {head['python']}",
-        f"cuda_cnn {head['cuda_cnn']}, commit {head['commit']}, {head['compiler']}; {head['date']}",
+        f"cuda_cnn {head['cuda_cnn']}, commit {head['commit']} (csrc {head['kernels']}), {head['date']}",
     ]
     if head["tf32"] is not None:
         lines.append(f"TF32 {'on' if head['tf32'] else 'off'}, for all rivals alike")
