@@ -10,7 +10,9 @@ A TorchDispatchMode would be simpler; but it stands in the way of every operator
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -160,12 +162,33 @@ def _chosen(ops: str | Iterable[str], exclude: str | Iterable[str]) -> frozenset
 def _use(log: CallLog) -> Iterator[CallLog]:
     before = _of_this_thread()
     _overrides.acquire()
-    torch._C._stash_obj_in_tls(_KEY, log)
+    _stash(log)
     try:
         yield log
     finally:
-        torch._C._stash_obj_in_tls(_KEY, before)
+        _stash(before)
         _overrides.release()
+
+
+def _stash(log: object) -> None:
+    """torch 2.11 takes no reference of its own, yet gives one back: without this the log would die in use."""
+    if _stash_takes_no_reference:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(log))
+    torch._C._stash_obj_in_tls(_KEY, log)
+
+
+def _takes_no_reference() -> bool:
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(_KEY, probe)
+    takes_none = sys.getrefcount(probe) == before
+    if takes_none:  # the one that will be given back for the probe
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return takes_none
+
+
+_stash_takes_no_reference = _takes_no_reference()
+_stash(None)
 
 
 def active() -> CallLog | None:

@@ -1,6 +1,7 @@
 """use, enable, disable: unmodified code on these kernels, counted, and undone."""
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -214,6 +215,18 @@ def test_an_exception_undoes_it():
         conv()
     conv()
     assert outer.ours == 1
+
+
+def test_the_log_outlives_its_block():
+    """torch 2.11 would take a reference away from it."""
+    counts = []
+    for _ in range(50):
+        with cuda_cnn.use() as log:
+            conv()
+        counts.append(sys.getrefcount(log))
+        assert log.ours == 1
+    probe = object()
+    assert counts == [sys.getrefcount(probe)] * 50
 
 
 def test_as_a_decorator():
