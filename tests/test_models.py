@@ -359,6 +359,13 @@ def test_alexnet_on_two_devices():
         assert_near(mine, theirs, 1e-5, "stage")
 
 
+def test_alexnets_towers_move_and_cast_as_any_module():
+    towers = on_meta("alexnet", num_classes=5, devices=("meta", "meta")).to(torch.float64)
+    assert towers(torch.empty(2, 3, 227, 227, device="meta", dtype=torch.float64)).dtype is torch.float64
+    trainer_form = on_meta("alexnet", devices=("meta", "meta")).to(memory_format=torch.channels_last)
+    assert trainer_form.devices == [torch.device("meta")] * 2
+
+
 def test_alexnet_checkpoints_pass_between_the_forms():
     whole = small_alexnet()
     towers = create_model("alexnet", num_classes=5, devices=("cpu", "cpu"))

@@ -238,7 +238,7 @@ class TwoTowerAlexNet(ConvNet):
                 convolutions += 1
                 if convolutions == 3:
                     halves = self._both(halves)
-            halves = self._apply(layers, halves)
+            halves = self._run(layers, halves)
             if i in AlexNet.taps:
                 yield halves
 
@@ -247,10 +247,10 @@ class TwoTowerAlexNet(ConvNet):
         for layers in zip(*(tower.classifier for tower in self.towers), strict=True):
             if isinstance(layers[0], Linear):
                 halves = self._both(halves)
-            halves = self._apply(layers, halves)
+            halves = self._run(layers, halves)
         return self._both(halves)[0]
 
-    def _apply(self, layers: Sequence[Module], halves: list[Tensor]) -> list[Tensor]:
+    def _run(self, layers: Sequence[Module], halves: list[Tensor]) -> list[Tensor]:
         return [layer(half) for layer, half in zip(layers, halves, strict=True)]
 
     def _both(self, halves: list[Tensor]) -> list[Tensor]:

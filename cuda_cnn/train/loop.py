@@ -69,6 +69,8 @@ class Trainer:
         self.epoch, self.step, self.sums = 0, 0, [0.0, 0, 0]
         self.history: list[dict] = []
         self._stop = threading.Event()
+        if self.workers.count > 1:  # the same weights, other dropout
+            torch.manual_seed(self._mixed_seed(0, self.workers.rank))
 
     @property
     def model(self) -> nn.Module:
@@ -110,6 +112,8 @@ class Trainer:
             return result or self.evaluate()
 
     def evaluate(self) -> Evaluation:
+        """Of the test set, with the first worker's running statistics."""
+        self.workers.follow_first(self.model.buffers())
         return evaluate(
             self.model,
             self.data.test,
@@ -140,7 +144,7 @@ class Trainer:
     def _train_step(self, images: Tensor, labels: Tensor, of_all: int) -> tuple[float, int, int]:
         for group in self.optimise.optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        generator = self._generator(self.step + 1)
+        generator = self._generator(self.step + 1, self.workers.rank)
         for change in self.augment:
             images = change(images, generator)
         try:
@@ -169,7 +173,10 @@ class Trainer:
         return row
 
     def state(self) -> dict:
-        """All that a later `restore` needs to go on to the same numbers: plain types and tensors."""
+        """All that a later `restore` needs to go on to the same numbers: plain types and tensors.
+
+        Every worker must call it: their random states are gathered.
+        """
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         return {
             "model": self.recipe.model,
@@ -185,7 +192,7 @@ class Trainer:
             "step": self.step,
             "sums": self.sums,
             "history": self.history,
-            "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "random": self.workers.gather({"cpu": torch.get_rng_state(), "cuda": cuda}),
             **self.optimise.state(),
         }
 
@@ -206,15 +213,19 @@ class Trainer:
             self.optimise.restore(state)
             self.epoch, self.step, self.sums = state["epoch"], state["step"], state["sums"]
             self.history = state["history"]
-            torch.set_rng_state(state["random"]["cpu"])
-            if self.device.type == "cuda" and state["random"]["cuda"]:
-                torch.cuda.set_rng_state_all(state["random"]["cuda"])
+            random = state["random"][self.workers.rank]
+            torch.set_rng_state(random["cpu"])
+            if self.device.type == "cuda" and random["cuda"]:
+                torch.cuda.set_rng_state_all(random["cuda"])
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not belong to this run: {error}") from error
 
     def _save(self, folder: str | Path | None) -> None:
-        if folder is not None and self.workers.rank == 0:
-            save_checkpoint(folder, self.state())
+        if folder is None:
+            return
+        state = self.state()
+        if self.workers.rank == 0:
+            save_checkpoint(folder, state)
             write_csv(folder, self.history)
 
     @torch.no_grad()
@@ -239,10 +250,13 @@ class Trainer:
                 )
         model.train()
 
-    def _generator(self, stream: int) -> torch.Generator:
-        """Stream 0 of an epoch orders the pictures, stream s+1 changes those of step s."""
+    def _generator(self, stream: int, rank: int = 0) -> torch.Generator:
+        """Stream 0 of an epoch orders the pictures, stream s+1 changes those of step s, for each worker its own."""
+        return torch.Generator().manual_seed(self._mixed_seed(stream, rank))
+
+    def _mixed_seed(self, stream: int, rank: int) -> int:
         mixed = (self.seed * 1_000_003 + self.epoch) * 1_000_003 + stream
-        return torch.Generator().manual_seed(mixed % 2**63)
+        return (mixed + rank * 2**40) % 2**63
 
     @contextmanager
     def _stop_on_signals(self):

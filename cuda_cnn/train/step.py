@@ -70,11 +70,12 @@ class Step:
         labels = labels.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        pieces = min(self.recipe.accumulate, len(labels))
+        of_all = of_all or len(labels)
+        pieces = min(self.recipe.accumulate, of_all // self.workers.count)  # as many for every worker
         for i in range(pieces):
             piece, answers = (t.tensor_split(pieces)[i] for t in (images, labels))
             # DistributedDataParallel takes the mean over the workers, hence their number.
-            share = len(answers) * self.workers.count / (of_all or len(labels))
+            share = len(answers) * self.workers.count / of_all
             with self._sums_gradients(i == pieces - 1):
                 loss, right = self._forward(piece, answers)
                 self.scaler.scale(loss * share).backward()
@@ -83,10 +84,8 @@ class Step:
         mine = sums[0].clone()
         loss_sum, right, count = self.workers.sum(sums).tolist()
         if not math.isfinite(loss_sum):
-            with (
-                self._mixed(),
-                torch.compiler.set_stance("force_eager"),
-            ):  # on every worker: layers may exchange sums
+            # On every worker, as layers may exchange sums; layer by layer, whatever was compiled.
+            with self._mixed(), torch.compiler.set_stance("force_eager"):
                 where = first_non_finite(self.model, images)
             raise NonFiniteError(loss_sum, "another worker's pictures" if mine.isfinite() else where)
         self.scaler.step(self.optimizer)

@@ -7,7 +7,7 @@ what is beside it: who is who, sums and shards.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,6 +48,12 @@ class Workers:
         values: list = [None] * self.count
         dist.all_gather_object(values, value)
         return values
+
+    def follow_first(self, tensors: Iterable[Tensor]) -> None:
+        """The first worker's values for all, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def shard(self, order: Tensor, batch_size: int) -> tuple[list[Tensor], list[int]]:
         """This worker's part of each batch of count·batch_size, and the size of the whole batch.
