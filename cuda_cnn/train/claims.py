@@ -212,6 +212,7 @@ CLAIMS = {
         lambda run: run.epochs_to_error(0.05),
         "epochs until the training error is 5 %, or all of them",
         _means(lambda means: 2 * means["ReLU"] <= means["tanh"]),
+        side=16,
         learning_rates=(0.003, 0.01, 0.03),
     ),
     "degradation": Claim(
