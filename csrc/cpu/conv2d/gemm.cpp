@@ -70,8 +70,24 @@ struct Task {
   int64_t columns;
   int64_t position, count;
   int64_t panel_begin, panel_end;
-  bool linear;  // rows of the output are scatter.pixel apart
+  bool linear;            // rows of the output are scatter.pixel apart
+  const int64_t* pixels;  // of the output, a position's, where they are not
 };
+
+// pixels[i] of the output for positions position + i.
+template <class T>
+void list_pixels(const Task<T>& t, int64_t* pixels) {
+  const Scatter<T>& to = t.scatter;
+  const int64_t P = t.gather.P, Q = t.gather.Q;
+  int64_t q = t.position % Q, p = t.position / Q % P, n = t.position / (Q * P);
+  for (int64_t i = 0; i < t.count; ++i) {
+    pixels[i] = (n * to.H + to.first_h + p * to.step_h) * to.W + to.first_w + q * to.step_w;
+    if (++q == Q) {
+      q = 0;
+      if (++p == P) p = 0, ++n;
+    }
+  }
+}
 
 // bias, residual, ReLU, narrowing: `rows` x `columns` of c, which has step kTileColumns.
 template <class T>
@@ -80,33 +96,32 @@ void finish(const Task<T>& t, int64_t position, int64_t rows, int64_t channel, i
   using Acc = Accumulator<T>;
   constexpr int kWidth = kLanes<Acc>;
   const Scatter<T>& to = t.scatter;
-  for (int64_t i = 0; i < rows; ++i, c += kTileColumns<Acc>) {
-    int64_t pixel = position + i;
-    if (!t.linear) {
-      const int64_t q = pixel % t.gather.Q, p = pixel / t.gather.Q % t.gather.P,
-                    n = pixel / (t.gather.Q * t.gather.P);
-      pixel = (n * to.H + to.first_h + p * to.step_h) * to.W + to.first_w + q * to.step_w;
-    }
-    T* out = to.out + pixel * to.pixel + channel;
-    const T* residual = to.residual ? to.residual + pixel * to.residual_pixel + channel : nullptr;
-    for (int64_t j = 0; j < columns; j += kWidth) {
-      const int64_t left = columns - j;
-      const bool whole = left >= kWidth;
-      Vec<Acc> value = load(c + j);
-      if (to.bias) value += whole ? load(to.bias + channel + j) : load_first(to.bias + channel + j, left);
-      if (residual) value += whole ? load(residual + j) : load_first(residual + j, left);
+  for (int64_t j = 0; j < columns; j += kWidth, channel += kWidth) {
+    const int64_t left = columns - j;
+    const bool whole = left >= kWidth;
+    const Vec<Acc> bias = !to.bias ? Vec<Acc>{}
+                          : whole  ? load(to.bias + channel)
+                                   : load_first(to.bias + channel, left);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t pixel = t.linear ? position + i : t.pixels[position + i - t.position];
+      T* out = to.out + pixel * to.pixel + channel;
+      Vec<Acc> value = load(c + i * kTileColumns<Acc> + j) + bias;
+      if (to.residual) {
+        const T* residual = to.residual + pixel * to.residual_pixel + channel;
+        value += whole ? load(residual) : load_first(residual, left);
+      }
       if (to.relu) value = relu(value);
       if (whole) {
-        store(out + j, value);
+        store(out, value);
       } else {
-        store_first(out + j, value, left);
+        store_first(out, value, left);
       }
     }
   }
 }
 
 template <class T>
-void run_task(const Task<T>& t) {
+void run_task(Task<T> t) {
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
   const DepthBlocks cut = cut_depth(t.gather);
@@ -115,6 +130,9 @@ void run_task(const Task<T>& t) {
   Acc* packed = packs ? workspace<Acc>(Workspace::kA, t.count * step) : nullptr;
   Acc* sums = workspace<Acc>(Workspace::kB, ceil_div(t.columns, kColumns) * t.count * kColumns);
   const Gather<T>& gather = t.gather;
+  int64_t* pixels = t.linear ? nullptr : workspace<int64_t>(Workspace::kD, t.count);
+  if (!t.linear) list_pixels(t, pixels);
+  t.pixels = pixels;
   // A whole panel of float goes straight to its place, and sums there.
   const bool in_place = sizeof(T) == sizeof(Acc) && t.linear && !t.scatter.residual;
 

@@ -5,10 +5,12 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-// May write up to a vector behind out + count.
+// May write up to a vector behind out + count; reads nothing at or behind `end`.
 template <class T>
-CUDA_CNN_INLINE void copy_channels(const T* from, int64_t count, Accumulator<T>* out) {
-  if (count < kLanes<T>) return store(out, load_first(from, count));
+CUDA_CNN_INLINE void copy_channels(const T* from, int64_t count, const T* end, Accumulator<T>* out) {
+  if (count < kLanes<T>) {
+    return store(out, from + kLanes<T> <= end ? load(from) : load_first(from, count));
+  }
   for (int64_t c = 0; c + kLanes<T> <= count; c += kLanes<T>) store(out + c, load(from + c));
   store(out + count - kLanes<T>, load(from + count - kLanes<T>));  // overlaps the one before
 }
@@ -50,12 +52,13 @@ void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t
   for (int64_t i = 0; i < count; ++i, out += step) {
     const int64_t h0 = g.base_h + p * g.stride_h, w0 = g.base_w + q * g.stride_w;
     const T* image = g.source + n * g.H * g.W * g.pixel;
+    const T* end = image + (g.H * g.W - 1) * g.pixel + g.channels;
     int64_t r = first_tap / g.S, s = first_tap % g.S;
     if (joined && w0 >= 0 && w0 + g.S <= g.W) {
       for (int64_t d = 0; d < depth; d += row_depth, ++r) {
         const int64_t h = h0 + r * g.tap_h;
         if (h >= 0 && h < g.H) {
-          copy_channels(image + (h * g.W + w0) * g.pixel, row_depth, out + d);
+          copy_channels(image + (h * g.W + w0) * g.pixel, row_depth, end, out + d);
         } else {
           zero_channels(row_depth, out + d);
         }
@@ -66,7 +69,7 @@ void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t
         part = min64(g.channels - channel, depth - d);
         const int64_t h = h0 + r * g.tap_h, w = w0 + s * g.tap_w;
         if (h >= 0 && h < g.H && w >= 0 && w < g.W) {
-          copy_channels(image + (h * g.W + w) * g.pixel + channel, part, out + d);
+          copy_channels(image + (h * g.W + w) * g.pixel + channel, part, end, out + d);
           if (mapped) map_channels(g, channel, part, out + d);
         } else {
           zero_channels(part, out + d);

@@ -237,9 +237,12 @@ void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatt
     p.gather = p.gather.of_group(group);
     // A thread's V of a block is to fill half of a 1 MiB L2.
     const int64_t fits = 524288 / (kWinogradPoints * 4 * v_tile_step(gather.channels));
-    const int64_t block = max64(1, min64(fits / kTileRows, 4)) * kTileRows;
-    if (gather.channels <= 128 || p.panels() < num_threads()) {
-      tiles_over_threads(p, block);
+    const int64_t most = max64(1, min64(fits / kTileRows, 4)) * kTileRows;
+    const bool few_tiles = p.tiles < 2 * kTileRows * num_threads();
+    if ((gather.channels <= 128 && !few_tiles) || p.panels() < num_threads()) {
+      // As many blocks for each thread.
+      const int64_t blocks = ceil_div(ceil_div(p.tiles, most), num_threads()) * num_threads();
+      tiles_over_threads(p, ceil_div(p.tiles, blocks));
     } else {
       filters_over_threads(p, min64(p.tiles, 196));
     }
