@@ -72,7 +72,7 @@ def sources(isas: list[str], cuda: bool) -> list[str]:
     cpu = sorted(CSRC.glob("cpu/**/*.cpp"))
     variants = [p for p in cpu if "namespace cuda_cnn::cpu::CUDA_CNN_ISA" in p.read_text()]
     once = [p for p in cpu if p not in variants]
-    once += sorted(CSRC.glob("*.cpp")) + sorted(CSRC.glob("ops/**/*.cpp"))
+    once += [p for folder in (".", "autograd", "ops") for p in sorted((CSRC / folder).glob("*.cpp"))]
     once += sorted(CSRC.glob("cuda/**/*.cu")) if cuda else []
     units = [isa_unit(p, isa) for p in variants for isa in isas]
     return [str(p.relative_to(ROOT)) for p in once] + units

@@ -6,179 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from cuda_cnn._C import eager
 from cuda_cnn.ops import _library
-
-
-class BatchNormFunction(torch.autograd.Function):
-    """(y, mean, var): in training the batch's mean and biased variance, in float64; else two empty tensors."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        eps: float,
-        relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _library.ops.batch_norm(
-            x, residual, weight, bias, running_mean, running_var, training, eps, relu
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, residual, weight, bias, running_mean, running_var, training, eps, relu = inputs
-        y, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        if not training:
-            mean, var = running_mean, running_var
-        # The ReLU's mask is recomputed from x, bit for bit, unless a residual went into it.
-        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, var)
-        ctx.parameters = training, eps, relu
-        ctx.has_residual = residual is not None
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dmean: None, dvar: None) -> tuple:
-        if dy is None:
-            return (None,) * 9
-        x, y, weight, bias, mean, var = ctx.saved_tensors
-        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
-        relu = ctx.parameters[2]
-        wants = [need_x, need_weight or need_bias, need_residual and relu]
-        dx, dweight, dbias, dresidual = batch_norm_backward(
-            dy, x, y, weight, bias, mean, var, *ctx.parameters, wants
-        )
-        return (
-            dx if need_x else None,
-            (dresidual if relu else dy) if need_residual else None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            *(None,) * 5,
-        )
-
-
-class BatchNormBackwardFunction(torch.autograd.Function):
-    """(dx, dweight, dbias, dresidual); one that `wants` = [x, parameters, residual] does not name is empty.
-
-    mean and var count as functions of x in training, and as constants otherwise.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        dy: Tensor,
-        x: Tensor,
-        y: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        training: bool,
-        eps: float,
-        relu: bool,
-        wants: list[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _library.ops.batch_norm_backward(dy, x, y, weight, bias, mean, var, training, eps, relu, wants)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, training, eps, relu, wants = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        ctx.parameters = training, eps, relu, wants
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        grads = [g if g is not None and g.numel() else None for g in grads]
-        return *double_backward(*grads, *ctx.saved_tensors, *ctx.parameters[:3]), *(None,) * 7
-
-
-def double_backward(
-    gdx: Tensor | None,
-    gdweight: Tensor | None,
-    gdbias: Tensor | None,
-    gdresidual: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    training: bool,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, None, Tensor | None]:
-    """Gradients for (dy, x, y, weight) of ⟨gdx, dx⟩ + ⟨gdweight, dweight⟩ + ⟨gdbias, dbias⟩ + ⟨gdresidual, dresidual⟩.
-
-    With g = dy under the mask, s = 1/√(var + ε), x̂ = (x − mean)·s and the self-adjoint map
-    P(v) = v − ⟨v⟩ − x̂·⟨v·x̂⟩ (P(v) = v outside training), where ⟨·⟩ is a channel's mean:
-        dx = weight·s·P(g)      dweight = Σ g·x̂      dbias = Σ g      dresidual = g
-    Plain tensor arithmetic, so that autograd takes every further derivative by itself.
-    """
-    compute = torch.promote_types(x.dtype, torch.float32)
-    dims = [d for d in range(x.dim()) if d != 1]
-    count = x.numel() // max(x.shape[1], 1)
-
-    def per_channel(t: Tensor) -> Tensor:
-        return t.to(compute).view(-1, *[1] * (x.dim() - 2))
-
-    def mean_of(t: Tensor) -> Tensor:
-        return t.mean(dims, keepdim=True)
-
-    g, values = dy.to(compute), x.to(compute)
-    if training:
-        var, mean = torch.var_mean(values, dims, correction=0, keepdim=True)
-    else:
-        mean, var = per_channel(mean), per_channel(var)
-    scale = (var + eps).rsqrt()
-    normalised = (values - mean) * scale
-    gamma = 1 if weight is None else per_channel(weight)
-    if relu:
-        before = normalised * gamma + (0 if bias is None else per_channel(bias)) if y is None else y
-        mask = (before > 0).to(compute)
-        g = g * mask
-
-    def project(t: Tensor) -> Tensor:
-        return t - mean_of(t) - normalised * mean_of(t * normalised) if training else t
-
-    grad_g, grad_x, grad_weight = torch.zeros_like(g), torch.zeros_like(g), None
-    grad_normalised = torch.zeros_like(g)
-    if gdx is not None:
-        v = gdx.to(compute)
-        projected = project(g)
-        grad_g = grad_g + gamma * scale * project(v)
-        overlap = (v * projected).sum(dims, keepdim=True)
-        if weight is not None:
-            grad_weight = (scale * overlap).reshape(weight.shape).to(weight.dtype)
-        if training:
-            through_mean = v * mean_of(g * normalised) + g * mean_of(v * normalised)
-            grad_normalised = grad_normalised - gamma * scale * through_mean
-            grad_x = grad_x - gamma * scale * scale * normalised * overlap / count
-    if gdweight is not None:
-        grad_g = grad_g + per_channel(gdweight) * normalised
-        grad_normalised = grad_normalised + per_channel(gdweight) * g
-    if gdbias is not None:
-        grad_g = grad_g + per_channel(gdbias)
-    if gdresidual is not None:
-        grad_g = grad_g + gdresidual.to(compute)
-    grad_x = grad_x + scale * project(grad_normalised)
-    if relu:
-        grad_g = grad_g * mask
-    return grad_g.to(dy.dtype), grad_x.to(x.dtype), None, grad_weight
-
-
-def batch_norm_backward(dy: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _library.needs_function(dy, x, arguments[1]):
-        return _library.ops.batch_norm_backward(dy, x, *arguments)
-    return BatchNormBackwardFunction.apply(dy, x, *arguments)
 
 
 def batch_norm(
@@ -228,6 +57,12 @@ def batch_norm(
 
     Ioffe, Szegedy: Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015.
     """
+    if not torch.compiler.is_compiling():
+        y = eager.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu
+        )
+        if y is not NotImplemented:
+            return y
     tensors = (input, running_mean, running_var, weight, bias, residual)
     if has_torch_function(tensors):
         return handle_torch_function(
@@ -251,8 +86,7 @@ def batch_norm(
     _check(input, running_mean, running_var, training, eps)
     given = (None, None) if training else (running_mean, running_var)
     arguments = (input, residual, weight, bias, *given, training, eps, relu)
-    apply = BatchNormFunction.apply if _library.needs_function(*tensors) else _library.ops.batch_norm
-    y, mean, var = apply(*arguments)
+    y, mean, var = torch.ops.cuda_cnn.batch_norm(*arguments)
     if training and running_mean is not None and input.numel() > 0:
         count = input.numel() // input.shape[1]
         with torch.no_grad():
@@ -364,13 +198,9 @@ def _vmapped(op: Any, info: Any, in_dims: tuple, arguments: tuple, tensors: int)
 
 @torch.library.register_vmap("cuda_cnn::batch_norm")
 def _(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
-    return _vmapped(_library.ops.batch_norm, info, in_dims, arguments, 6)
+    return _vmapped(torch.ops.cuda_cnn.batch_norm, info, in_dims, arguments, 6)
 
 
 @torch.library.register_vmap("cuda_cnn::batch_norm_backward")
 def _(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
-    return _vmapped(_library.ops.batch_norm_backward, info, in_dims, arguments, 7)
-
-
-_library.register_autograd("batch_norm", BatchNormFunction)
-_library.register_autograd("batch_norm_backward", BatchNormBackwardFunction)
+    return _vmapped(torch.ops.cuda_cnn.batch_norm_backward, info, in_dims, arguments, 7)

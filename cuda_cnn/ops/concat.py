@@ -8,37 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from cuda_cnn.ops import _library
-
-
-class ConcatFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dim: int, *tensors: Tensor) -> Tensor:
-        return _library.ops.concat(tensors, dim)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        dim, *tensors = inputs
-        ctx.dim = dim
-        ctx.shapes = [t.shape for t in tensors]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        return None, *slices(dy, ctx.shapes, ctx.dim)
-
-
-def slices(dy: Tensor, shapes: list[torch.Size], dim: int) -> list[Tensor]:
-    """The part of dy that each input gave: views, as torch.cat's gradients are."""
-    gradients, start = [], 0
-    for shape in shapes:
-        if _is_legacy_empty(shape):
-            gradients.append(dy.new_zeros(shape))
-            continue
-        gradients.append(dy.narrow(dim, start, shape[dim]))
-        start += shape[dim]
-    return gradients
+from cuda_cnn._C import eager
 
 
 def _is_legacy_empty(shape: Sequence[int]) -> bool:
@@ -68,6 +38,10 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, *, out: Tensor | None = None
 
     Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks, 2018, §3.
     """
+    if not torch.compiler.is_compiling() and out is None:
+        y = eager.concat(tensors, dim)
+        if y is not NotImplemented:
+            return y
     if not isinstance(tensors, list | tuple):
         raise TypeError(f"concat: tensors must be tuple of Tensors, not {type(tensors).__name__}")
     if not tensors:
@@ -84,9 +58,7 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, *, out: Tensor | None = None
     if len({t.dtype for t in tensors}) > 1:
         dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
         tensors = [t.to(dtype) for t in tensors]
-    if not _library.needs_function(*tensors):
-        return _library.ops.concat(tensors, dim)
-    return _library.apply(ConcatFunction, dim, *tensors)
+    return torch.ops.cuda_cnn.concat(tensors, dim)
 
 
 def write_channels_(buffer: Tensor, x: Tensor, start: int) -> Tensor:
@@ -105,7 +77,7 @@ def write_channels_(buffer: Tensor, x: Tensor, start: int) -> Tensor:
     """
     if torch.is_grad_enabled() and (buffer.requires_grad or x.requires_grad):
         raise RuntimeError("write_channels_: the buffer is outside autograd; call it under torch.no_grad()")
-    _library.ops.write_channels_(buffer, x, start)
+    torch.ops.cuda_cnn.write_channels_(buffer, x, start)
     return buffer
 
 
@@ -131,15 +103,3 @@ def _(info: Any, in_dims: tuple, tensors: Sequence[Tensor], dim: int) -> tuple[T
             continue
         mapped.append(tensor.expand(info.batch_size, *rest) if in_dim is None else tensor.movedim(in_dim, 0))
     return torch.ops.cuda_cnn.concat(mapped, dim + 1 if dim >= 0 else dim), 0
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    tensors, ctx.dim = inputs
-    ctx.shapes = [t.shape for t in tensors]
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple:
-    return slices(dy, ctx.shapes, ctx.dim), None
-
-
-torch.library.register_autograd("cuda_cnn::concat", _backward, setup_context=_setup_context)

@@ -9,122 +9,8 @@ from torch.nn import functional as torch_functional
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
+from cuda_cnn._C import eager
 from cuda_cnn.ops import _library
-
-
-class Conv2dFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        return _library.ops.conv2d(x, weight, bias, *geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, *ctx.geometry = inputs
-        ctx.channels_last = output.stride(1) == 1 and not output.is_contiguous()
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        x, weight = ctx.saved_tensors
-        rest = (*ctx.geometry, ctx.channels_last)
-        dx = conv2d_input_grad(dy, weight, x.shape, *rest) if ctx.needs_input_grad[0] else None
-        dw = conv2d_weight_grad(dy, x, weight.shape, *rest) if ctx.needs_input_grad[1] else None
-        db = conv2d_bias_grad(dy) if ctx.needs_input_grad[2] else None
-        return dx, dw, db, None, None, None, None
-
-
-class Conv2dInputGradFunction(torch.autograd.Function):
-    """Bilinear in (dy, weight)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        return _library.ops.conv2d_input_grad(dy, weight, *rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        dy, weight, _, *ctx.geometry, ctx.channels_last = inputs
-        ctx.save_for_backward(dy, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gg: Tensor) -> tuple:
-        dy, weight = ctx.saved_tensors
-        grad_dy = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_dy = _conv2d(gg, weight, None, *ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            grad_weight = conv2d_weight_grad(dy, gg, weight.shape, *ctx.geometry, ctx.channels_last)
-        return grad_dy, grad_weight, None, None, None, None, None, None
-
-
-class Conv2dWeightGradFunction(torch.autograd.Function):
-    """Bilinear in (dy, x)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
-        return _library.ops.conv2d_weight_grad(dy, x, *rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        dy, x, _, *ctx.geometry, ctx.channels_last = inputs
-        ctx.save_for_backward(dy, x)
-
-    @staticmethod
-    def backward(ctx: Any, gg: Tensor) -> tuple:
-        dy, x = ctx.saved_tensors
-        grad_dy = grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_dy = _conv2d(x, gg, None, *ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            grad_x = conv2d_input_grad(dy, gg, x.shape, *ctx.geometry, ctx.channels_last)
-        return grad_dy, grad_x, None, None, None, None, None, None
-
-
-class Conv2dBiasGradFunction(torch.autograd.Function):
-    """The sum of dy over its pixels."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy: Tensor) -> Tensor:
-        return _library.ops.conv2d_bias_grad(dy)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.shape = inputs[0].shape
-
-    @staticmethod
-    def backward(ctx: Any, gg: Tensor) -> Tensor:
-        return gg[:, None, None].expand(ctx.shape)
-
-
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    if not _library.needs_function(x, weight, bias):
-        return _library.ops.conv2d(x, weight, bias, *geometry)
-    return _library.apply(Conv2dFunction, x, weight, bias, *geometry)
-
-
-def conv2d_input_grad(dy: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    if not _library.needs_function(dy, weight):
-        return _library.ops.conv2d_input_grad(dy, weight, *rest)
-    return _library.apply(Conv2dInputGradFunction, dy, weight, *rest)
-
-
-def conv2d_weight_grad(dy: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    if not _library.needs_function(dy, x):
-        return _library.ops.conv2d_weight_grad(dy, x, *rest)
-    return _library.apply(Conv2dWeightGradFunction, dy, x, *rest)
-
-
-def conv2d_bias_grad(dy: Tensor) -> Tensor:
-    if not _library.needs_function(dy):
-        return _library.ops.conv2d_bias_grad(dy)
-    return _library.apply(Conv2dBiasGradFunction, dy)
 
 
 def conv2d(
@@ -168,6 +54,10 @@ def conv2d(
     3×3 layers of stride 1 may use Winograd's minimal filtering (Lavin, Gray: Fast Algorithms for
     Convolutional Neural Networks, 2016, §4), which rounds otherwise: see `cuda_cnn.backends`.
     """
+    if not torch.compiler.is_compiling():
+        y = eager.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if y is not NotImplemented:
+            return y
     if has_torch_function((input, weight, bias)):
         arguments = (input, weight, bias, stride, padding, dilation, groups)
         return handle_torch_function(conv2d, (input, weight, bias), *arguments)
@@ -177,16 +67,13 @@ def conv2d(
             f"conv2d: expected input of 3 (unbatched) or 4 (batched) dimensions, got {input.dim()} "
             f"(shape {list(input.shape)})"
         )
-    dtype = _library.autocast_dtype(input)
-    if dtype is not None:
-        input, weight, bias = (_library.cast(t, dtype) for t in (input, weight, bias))
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     if type(groups) is not int:
         (groups,) = _whole_numbers("groups", (groups,))
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     if isinstance(padding, str):
         batched, padding = _pad(batched, weight, stride, padding, dilation)
-    y = _conv2d(batched, weight, bias, stride, _pair("padding", padding), dilation, groups)
+    y = torch.ops.cuda_cnn.conv2d(batched, weight, bias, stride, _pair("padding", padding), dilation, groups)
     return y if input.dim() == 4 else y.squeeze(0)
 
 
@@ -303,7 +190,7 @@ def _(
     if in_weight is None and in_bias is not None:
         late, bias = bias.movedim(in_bias, 0)[:, None, :, None, None], None
     if in_weight is None:
-        y, out_dim = _library.ops.conv2d(_library.fold_batch(x, in_x, size), weight, bias, *geometry), 0
+        y, out_dim = torch.ops.cuda_cnn.conv2d(_library.fold_batch(x, in_x, size), weight, bias, *geometry), 0
     else:
         weight = _into_channels(weight, in_weight, size, 0)
         bias = None if bias is None else _into_channels(bias, in_bias, size, 0)
@@ -311,7 +198,7 @@ def _(
             in_x is not None or groups > 1
         ):  # else every example convolves the same image: more filters, no groups
             x, groups = _into_channels(x, in_x, size, 1), groups * size
-        y, out_dim = _library.ops.conv2d(x, weight, bias, *geometry[:-1], groups), 1
+        y, out_dim = torch.ops.cuda_cnn.conv2d(x, weight, bias, *geometry[:-1], groups), 1
     y = y.unflatten(out_dim, (size, -1))
     return (y, out_dim) if late is None else (y + late, out_dim)
 
@@ -322,10 +209,10 @@ def _(info: Any, in_dims: tuple, dy: Tensor, weight: Tensor, size: Any, *rest: A
     batch, (n, c, h, w) = info.batch_size, size
     if in_dims[1] is None:
         dy = _library.fold_batch(dy, in_dims[0], batch)
-        dx = _library.ops.conv2d_input_grad(dy, weight, (batch * n, c, h, w), *rest)
+        dx = torch.ops.cuda_cnn.conv2d_input_grad(dy, weight, (batch * n, c, h, w), *rest)
         return dx.unflatten(0, (batch, n)), 0
     dy, weight = _into_channels(dy, in_dims[0], batch, 1), _into_channels(weight, in_dims[1], batch, 0)
-    dx = _library.ops.conv2d_input_grad(
+    dx = torch.ops.cuda_cnn.conv2d_input_grad(
         dy, weight, (n, batch * c, h, w), *geometry, batch * groups, as_channels_last
     )
     return dx.unflatten(1, (batch, c)), 1
@@ -338,20 +225,16 @@ def _(info: Any, in_dims: tuple, dy: Tensor, x: Tensor, size: Any, *rest: Any) -
     dy = _into_channels(dy, in_dims[0], batch, 1)
     if in_dims[1] is not None or groups > 1:
         x, groups = _into_channels(x, in_dims[1], batch, 1), groups * batch
-    dw = _library.ops.conv2d_weight_grad(dy, x, (batch * k, c, r, s), *geometry, groups, as_channels_last)
+    dw = torch.ops.cuda_cnn.conv2d_weight_grad(
+        dy, x, (batch * k, c, r, s), *geometry, groups, as_channels_last
+    )
     return dw.unflatten(0, (batch, k)), 0
 
 
 @torch.library.register_vmap("cuda_cnn::conv2d_bias_grad")
 def _(info: Any, in_dims: tuple, dy: Tensor) -> tuple[Tensor, int]:
     dy = _into_channels(dy, in_dims[0], info.batch_size, 1)
-    return _library.ops.conv2d_bias_grad(dy).unflatten(0, (info.batch_size, -1)), 0
-
-
-_library.register_autograd("conv2d", Conv2dFunction)
-_library.register_autograd("conv2d_input_grad", Conv2dInputGradFunction)
-_library.register_autograd("conv2d_weight_grad", Conv2dWeightGradFunction)
-_library.register_autograd("conv2d_bias_grad", Conv2dBiasGradFunction)
+    return torch.ops.cuda_cnn.conv2d_bias_grad(dy).unflatten(0, (info.batch_size, -1)), 0
 
 
 @register_flop_formula(torch.ops.cuda_cnn.conv2d)

@@ -6,74 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from cuda_cnn._C import eager
 from cuda_cnn.ops import _library
-
-
-class LocalResponseNormFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-        return _library.ops.local_response_norm(x, size, alpha, beta, k)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, *ctx.parameters = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        (x,) = ctx.saved_tensors
-        return local_response_norm_backward(dy, x, *ctx.parameters), None, None, None, None
-
-
-class LocalResponseNormBackwardFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-        return _library.ops.local_response_norm_backward(dy, x, size, alpha, beta, k)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        dy, x, *ctx.parameters = inputs
-        ctx.save_for_backward(dy, x)
-
-    @staticmethod
-    def backward(ctx: Any, gg: Tensor) -> tuple:
-        # Plain tensor arithmetic, so that autograd takes every further derivative by itself. With W the window
-        # sum, Wᵀ its transpose, a = α/n, s = k + a·W(x²):  dx = s^−β·dy − 2aβ·x·Wᵀ(s^(−β−1)·x·dy).
-        dy, x = ctx.saved_tensors
-        size, alpha, beta, k = ctx.parameters
-        a = alpha / size
-        s = k + a * window_sum(x * x, size)
-        p, q, r = s.pow(-beta), s.pow(-beta - 1), s.pow(-beta - 2)
-        u = window_sum(gg * x, size)
-        grad_dy = p * gg - 2 * a * beta * q * x * u
-        grad_x = -2 * a * beta * (
-            x * window_sum(q * gg * dy, size, transposed=True)
-            + q * dy * u
-            + gg * window_sum(q * x * dy, size, transposed=True)
-        ) + 4 * a * a * beta * (beta + 1) * x * window_sum(r * x * dy * u, size, transposed=True)
-        return grad_dy.to(dy.dtype), grad_x.to(x.dtype), None, None, None, None
-
-
-def window_sum(t: Tensor, size: int, transposed: bool = False) -> Tensor:
-    """Σ of t over channels c−⌊n/2⌋ … c+⌊(n−1)/2⌋ (transposed: the mirrored window), by differentiable slices."""
-    above, below = size // 2, (size - 1) // 2
-    if transposed:
-        above, below = below, above
-    channels = t.shape[1]
-    padded = torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (above, below))
-    return sum((padded.narrow(1, j, channels) for j in range(1, size)), padded.narrow(1, 0, channels))
-
-
-def local_response_norm_backward(
-    dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float
-) -> Tensor:
-    if not _library.needs_function(dy, x):
-        return _library.ops.local_response_norm_backward(dy, x, size, alpha, beta, k)
-    return LocalResponseNormBackwardFunction.apply(dy, x, size, alpha, beta, k)
 
 
 def local_response_norm(
@@ -103,16 +37,16 @@ def local_response_norm(
 
     Krizhevsky, Sutskever, Hinton: ImageNet Classification with Deep Convolutional Neural Networks, 2012, §3.3.
     """
+    if not torch.compiler.is_compiling():
+        y = eager.local_response_norm(input, size, alpha, beta, k)
+        if y is not NotImplemented:
+            return y
     if has_torch_function_unary(input):
         return handle_torch_function(local_response_norm, (input,), input, size, alpha, beta, k)
     _library.check_tensors("local_response_norm", input=input)
     if isinstance(size, float) or size is None:
         raise TypeError(f"local_response_norm: expected size to be an int, got {size!r}")
-    if _library.autocast_dtype(input) is not None:
-        input = _library.cast(input, torch.float32)
-    if not _library.needs_function(input):
-        return _library.ops.local_response_norm(input, size, alpha, beta, k)
-    return LocalResponseNormFunction.apply(input, size, alpha, beta, k)
+    return torch.ops.cuda_cnn.local_response_norm(input, size, alpha, beta, k)
 
 
 @torch.library.register_fake("cuda_cnn::local_response_norm")
@@ -128,17 +62,13 @@ def _(dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> 
 @torch.library.register_vmap("cuda_cnn::local_response_norm")
 def _(info: Any, in_dims: tuple, x: Tensor, *parameters: Any) -> tuple[Tensor, int]:
     x = _library.fold_batch(x, in_dims[0], info.batch_size)
-    return _library.ops.local_response_norm(x, *parameters).unflatten(0, (info.batch_size, -1)), 0
+    return torch.ops.cuda_cnn.local_response_norm(x, *parameters).unflatten(0, (info.batch_size, -1)), 0
 
 
 @torch.library.register_vmap("cuda_cnn::local_response_norm_backward")
 def _(info: Any, in_dims: tuple, dy: Tensor, x: Tensor, *parameters: Any) -> tuple[Tensor, int]:
     dy = _library.fold_batch(dy, in_dims[0], info.batch_size)
     x = _library.fold_batch(x, in_dims[1], info.batch_size)
-    return _library.ops.local_response_norm_backward(dy, x, *parameters).unflatten(
+    return torch.ops.cuda_cnn.local_response_norm_backward(dy, x, *parameters).unflatten(
         0, (info.batch_size, -1)
     ), 0
-
-
-_library.register_autograd("local_response_norm", LocalResponseNormFunction)
-_library.register_autograd("local_response_norm_backward", LocalResponseNormBackwardFunction)

@@ -6,111 +6,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from cuda_cnn._C import eager
 from cuda_cnn.ops import _library
 
 Pair = int | tuple[int, int]
 
 # A window of more cells has taps of four bytes.
 MAX_BYTE_TAPS = 255
-
-
-class MaxPool2dFunction(torch.autograd.Function):
-    """(y, taps)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, *window: Any) -> tuple[Tensor, ...]:
-        return _library.ops.max_pool2d_with_taps(x, *window)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        x, *ctx.window, _ceil_mode = inputs
-        _, taps, *indices = output
-        ctx.mark_non_differentiable(taps, *indices)
-        ctx.save_for_backward(taps)
-        ctx.input_size = list(x.shape[-2:])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple:
-        (taps,) = ctx.saved_tensors
-        return max_pool2d_backward(dy, taps, ctx.input_size, *ctx.window), *(None,) * 5
-
-
-class MaxPool2dWithIndicesFunction(MaxPool2dFunction):
-    """(y, taps, indices)."""
-
-    @staticmethod
-    def forward(x: Tensor, *window: Any) -> tuple[Tensor, ...]:
-        return _library.ops.max_pool2d_with_indices(x, *window)
-
-
-class MaxPool2dValueFunction(torch.autograd.Function):
-    """y alone, for traced code that wanted no gradient: one that is asked for later finds the taps anew."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, *ctx.window = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        (x,) = ctx.saved_tensors
-        _, taps = _library.ops.max_pool2d_with_taps(x.detach(), *ctx.window)
-        return max_pool2d_backward(dy, taps, list(x.shape[-2:]), *ctx.window[:-1]), *(None,) * 5
-
-
-class MaxPool2dBackwardFunction(torch.autograd.Function):
-    """dx: linear in dy, and its transpose picks each window's cell."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy: Tensor, taps: Tensor, input_size: list[int], *window: Any) -> Tensor:
-        return _library.ops.max_pool2d_backward(dy, taps, input_size, *window)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, taps, _, *ctx.window = inputs
-        ctx.save_for_backward(taps)
-
-    @staticmethod
-    def backward(ctx: Any, gdx: Tensor) -> tuple:
-        (taps,) = ctx.saved_tensors
-        return max_pool2d_gather(gdx, taps, *ctx.window), *(None,) * 6
-
-
-class MaxPool2dGatherFunction(torch.autograd.Function):
-    """What the cells that the taps name hold: the transpose of MaxPool2dBackwardFunction."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, taps: Tensor, *window: Any) -> Tensor:
-        return _library.ops.max_pool2d_gather(x, taps, *window)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, taps, *ctx.window = inputs
-        ctx.save_for_backward(taps)
-        ctx.input_size = list(x.shape[-2:])
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple:
-        (taps,) = ctx.saved_tensors
-        return max_pool2d_backward(g, taps, ctx.input_size, *ctx.window), *(None,) * 5
-
-
-def max_pool2d_backward(dy: Tensor, taps: Tensor, input_size: list[int], *window: Any) -> Tensor:
-    if not _library.needs_function(dy):
-        return _library.ops.max_pool2d_backward(dy, taps, input_size, *window)
-    return _library.apply(MaxPool2dBackwardFunction, dy, taps, input_size, *window)
-
-
-def max_pool2d_gather(x: Tensor, taps: Tensor, *window: Any) -> Tensor:
-    if not _library.needs_function(x):
-        return _library.ops.max_pool2d_gather(x, taps, *window)
-    return _library.apply(MaxPool2dGatherFunction, x, taps, *window)
 
 
 def _pair(name: str, value: Any) -> list[int]:
@@ -171,6 +73,12 @@ def max_pool2d(
     Krizhevsky, Sutskever, Hinton: ImageNet Classification with Deep Convolutional Neural Networks,
     2012, §3.4.
     """
+    if not torch.compiler.is_compiling() and return_indices is False:
+        y = eager.max_pool2d(
+            input, kernel_size, kernel_size if stride is None else stride, padding, dilation, ceil_mode
+        )
+        if y is not NotImplemented:
+            return y
     if has_torch_function_unary(input):
         return handle_torch_function(
             max_pool2d, (input,), input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
@@ -184,16 +92,10 @@ def max_pool2d(
         _pair("dilation", dilation),
         ceil_mode,
     )
-    if _library.needs_function(input):
-        function = MaxPool2dWithIndicesFunction if return_indices else MaxPool2dFunction
-        y, _, *indices = _library.apply(function, input, *window)
-    elif return_indices:
-        y, _, *indices = _library.ops.max_pool2d_with_indices(input, *window)
-    elif torch.is_grad_enabled() and input.requires_grad:  # traced: to be differentiated there
-        y, indices = _library.ops.max_pool2d_with_taps(input, *window)[0], []
-    else:
-        return _library.ops.max_pool2d(input, *window)
-    return (y, *indices) if return_indices else y
+    if return_indices:
+        y, _, indices = torch.ops.cuda_cnn.max_pool2d_with_indices(input, *window)
+        return y, indices
+    return torch.ops.cuda_cnn.max_pool2d(input, *window)
 
 
 def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
@@ -271,9 +173,3 @@ for _name, _tensors in {
     "max_pool2d_gather": 2,
 }.items():
     _register_vmap(_name, _tensors)
-
-_library.register_autograd("max_pool2d", MaxPool2dValueFunction)
-_library.register_autograd("max_pool2d_with_taps", MaxPool2dFunction)
-_library.register_autograd("max_pool2d_with_indices", MaxPool2dWithIndicesFunction)
-_library.register_autograd("max_pool2d_backward", MaxPool2dBackwardFunction)
-_library.register_autograd("max_pool2d_gather", MaxPool2dGatherFunction)

@@ -6,98 +6,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from cuda_cnn._C import eager
 from cuda_cnn.ops import _library
 
 AMPLITUDE = 1.7159  # of the paper's squashing function A·tanh(S·a), with S = 2/3
 SLOPE = 2 / 3
-
-
-class SubsampleFunction(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, coefficient: Tensor, bias: Tensor, kernel_size: list[int], squash: str) -> Tensor:
-        return _library.ops.subsample(x, coefficient, bias, kernel_size, squash)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, coefficient, _, *ctx.parameters = inputs
-        ctx.save_for_backward(x, coefficient, output)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:
-        return *subsample_backward(dy, *ctx.saved_tensors, *ctx.parameters), None, None
-
-
-class SubsampleBackwardFunction(torch.autograd.Function):
-    """(dx, dcoefficient, dbias), as a function of dy, x, coefficient and y."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        dy: Tensor, x: Tensor, coefficient: Tensor, y: Tensor, kernel_size: list[int], squash: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _library.ops.subsample_backward(dy, x, coefficient, y, kernel_size, squash)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, kernel_size, squash = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.parameters = kernel_size, squash
-
-    @staticmethod
-    def backward(ctx: Any, gdx: Tensor, gdcoefficient: Tensor, gdbias: Tensor) -> tuple:
-        # Plain tensor arithmetic: autograd takes every further derivative by itself. With P the window
-        # sum, Pᵀ its transpose, g(y) the squashing function's slope: da = dy·g(y), dx = Pᵀ(coefficient·da),
-        # dcoefficient = Σ da·P(x), dbias = Σ da. So the gradients' product with what comes in is Σ da·q.
-        dy, x, coefficient, y = ctx.saved_tensors
-        (kernel_h, kernel_w), squash = ctx.parameters
-
-        def window_sum(t: Tensor) -> Tensor:
-            return torch.nn.functional.avg_pool2d(t, (kernel_h, kernel_w), divisor_override=1)
-
-        def spread(t: Tensor) -> Tensor:
-            t = t.repeat_interleave(kernel_h, -2).repeat_interleave(kernel_w, -1)
-            return torch.nn.functional.pad(t, (0, x.shape[-1] - t.shape[-1], 0, x.shape[-2] - t.shape[-2]))
-
-        def per_channel(t: Tensor) -> Tensor:
-            return t[:, None, None]
-
-        slope, curvature = slopes(y, squash)
-        gathered = window_sum(gdx)
-        q = (
-            per_channel(coefficient) * gathered
-            + per_channel(gdcoefficient) * window_sum(x)
-            + per_channel(gdbias)
-        )
-        da = dy * slope
-        every_but_channels = [d for d in range(x.dim()) if d != x.dim() - 3]
-        return (
-            slope * q,
-            spread(da * per_channel(gdcoefficient)),
-            (da * gathered).sum(every_but_channels),
-            dy * curvature * q,
-            None,
-            None,
-        )
-
-
-def slopes(y: Tensor, squash: str) -> tuple[Tensor, Tensor]:
-    """The squashing function's slope where its value is y, and the derivative of that for y."""
-    if squash == "tanh":
-        return SLOPE * (AMPLITUDE - y * y / AMPLITUDE), -2 * SLOPE / AMPLITUDE * y
-    if squash == "sigmoid":
-        return y * (1 - y), 1 - 2 * y
-    return torch.ones_like(y), torch.zeros_like(y)
-
-
-def subsample_backward(
-    dy: Tensor, x: Tensor, coefficient: Tensor, y: Tensor, kernel_size: list[int], squash: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not _library.needs_function(dy, x, coefficient, y):
-        return _library.ops.subsample_backward(dy, x, coefficient, y, kernel_size, squash)
-    return _library.apply(SubsampleBackwardFunction, dy, x, coefficient, y, kernel_size, squash)
 
 
 def subsample(
@@ -135,6 +48,10 @@ def subsample(
 
     LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, 1998, §II.B.
     """
+    if not torch.compiler.is_compiling():
+        y = eager.subsample(input, coefficient, bias, kernel_size, squash)
+        if y is not NotImplemented:
+            return y
     if has_torch_function((input, coefficient, bias)):
         return handle_torch_function(
             subsample, (input, coefficient, bias), input, coefficient, bias, kernel_size, squash
@@ -144,9 +61,7 @@ def subsample(
         dtype = torch.promote_types(torch.promote_types(input.dtype, coefficient.dtype), bias.dtype)
         input, coefficient, bias = input.to(dtype), coefficient.to(dtype), bias.to(dtype)
     window = [kernel_size] * 2 if isinstance(kernel_size, int) else list(kernel_size)
-    if not _library.needs_function(input, coefficient, bias):
-        return _library.ops.subsample(input, coefficient, bias, window, squash)
-    return _library.apply(SubsampleFunction, input, coefficient, bias, window, squash)
+    return torch.ops.cuda_cnn.subsample(input, coefficient, bias, window, squash)
 
 
 @torch.library.register_fake("cuda_cnn::subsample")
@@ -189,5 +104,3 @@ def _register_vmap(name: str) -> None:
 
 _register_vmap("subsample")
 _register_vmap("subsample_backward")
-_library.register_autograd("subsample", SubsampleFunction)
-_library.register_autograd("subsample_backward", SubsampleBackwardFunction)

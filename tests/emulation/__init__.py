@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .build import ROOT, Unavailable, build
 
@@ -39,7 +40,6 @@ __all__ = [
     "SCHEDULES",
     "Unavailable",
     "emulated",
-    "emulated_library",
     "emulated_operators",
     "torch_engine",
 ]
@@ -148,45 +148,34 @@ def torch_engine() -> Engine:
     return Engine(path)
 
 
-class _Operators:
-    """torch.ops.cuda_cnn_emulated, which tells the engine about the tensors of each call."""
+class _OnEmulatedKernels(TorchDispatchMode):
+    """Leads torch.ops.cuda_cnn to torch.ops.cuda_cnn_emulated, and tells the engine about the tensors of each call."""
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__()
         self._engine = engine
 
-    def __getattr__(self, name: str) -> Any:
-        operator = getattr(torch.ops.cuda_cnn_emulated, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            values = [*args, *kwargs.values()]
-            values += [item for value in values if isinstance(value, list | tuple) for item in value]
-            with self._engine.registered([value for value in values if _has_storage(value)]):
-                try:
-                    return operator(*args, **kwargs)
-                except RuntimeError as error:
-                    raise type(error)(self._engine.resolve(str(error))) from None
-
-        return call
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        emulated = getattr(torch.ops.cuda_cnn_emulated, func.__name__.partition(".")[0], None)
+        if func.namespace != "cuda_cnn" or emulated is None:
+            return func(*args, **kwargs)
+        values = [*args, *kwargs.values()]
+        values += [item for value in values if isinstance(value, list | tuple) for item in value]
+        with self._engine.registered([value for value in values if _has_storage(value)]):
+            try:
+                return emulated(*args, **kwargs)
+            except RuntimeError as error:
+                raise type(error)(self._engine.resolve(str(error))) from None
 
 
 def _has_storage(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
-def emulated_library() -> Any:
-    """The operators over emulated CUDA kernels, to take the place of torch.ops.cuda_cnn."""
-    return _Operators(torch_engine())
-
-
 @contextlib.contextmanager
 def emulated(**options: str | int | bool) -> Iterator[Engine]:
     """Leads cuda_cnn's operators to the emulated kernels; options as Engine.set takes them."""
-    from cuda_cnn.ops import _library
-
-    engine, before = torch_engine(), _library.ops
-    _library.ops = emulated_library()
-    try:
-        with engine.options(**options):
-            yield engine
-    finally:
-        _library.ops = before
+    engine = torch_engine()
+    with engine.options(**options), _OnEmulatedKernels(engine):
+        yield engine

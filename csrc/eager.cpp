@@ -1,0 +1,222 @@
+// The short way from Python to the operators. Plain tensors and plain numbers go to the dispatcher as they
+// are, without the boxing of torch.ops, which takes longer than a small kernel. To anything else (a subclass,
+// a mode, a traced or symbolic value, a string, a mistake) the answer is NotImplemented: the caller in
+// cuda_cnn/ops then does it at length.
+#include "eager.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "autograd/operators.h"
+
+namespace cuda_cnn {
+namespace {
+
+using at::Tensor;
+using autograd::Geometry;
+using autograd::OptionalTensor;
+using autograd::Window;
+
+bool whole_number(PyObject* value, int64_t* out) {
+  if (!PyLong_CheckExact(value)) return false;
+  int overflow = 0;
+  *out = PyLong_AsLongLongAndOverflow(value, &overflow);
+  return overflow == 0;
+}
+
+// read(argument, &value): false for what is not plain.
+bool read(PyObject* value, Tensor* out) {
+  if (!THPVariable_CheckExact(value)) return false;
+  *out = THPVariable_Unpack(value);
+  return true;
+}
+bool read(PyObject* value, OptionalTensor* out) { return value == Py_None || read(value, &out->emplace()); }
+bool read(PyObject* value, bool* out) {
+  *out = value == Py_True;
+  return PyBool_Check(value);
+}
+bool read(PyObject* value, int64_t* out) { return whole_number(value, out); }
+bool read(PyObject* value, c10::SymInt* out) {
+  int64_t number = 0;
+  if (!whole_number(value, &number)) return false;
+  *out = number;
+  return true;
+}
+bool read(PyObject* value, c10::string_view* out) {
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_CheckExact(value) ? PyUnicode_AsUTF8AndSize(value, &size) : nullptr;
+  if (text == nullptr) return false;
+  *out = c10::string_view(text, size);
+  return true;
+}
+bool read(PyObject* value, double* out) {
+  if (PyFloat_CheckExact(value)) {
+    *out = PyFloat_AS_DOUBLE(value);
+    return true;
+  }
+  int64_t number = 0;
+  if (!whole_number(value, &number)) return false;
+  *out = static_cast<double>(number);
+  return true;
+}
+// A number, or two of them.
+template <class T>
+bool read(PyObject* value, std::array<T, 2>* out) {
+  if (PyTuple_CheckExact(value)) {
+    return PyTuple_GET_SIZE(value) == 2 && read(PyTuple_GET_ITEM(value, 0), &(*out)[0]) &&
+           read(PyTuple_GET_ITEM(value, 1), &(*out)[1]);
+  }
+  if (!read(value, &(*out)[0])) return false;
+  (*out)[1] = (*out)[0];
+  return true;
+}
+bool read(PyObject* value, std::vector<Tensor>* out) {
+  if (!PyList_CheckExact(value) && !PyTuple_CheckExact(value)) return false;
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(value);
+  out->resize(count);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!read(PySequence_Fast_GET_ITEM(value, i), &(*out)[i])) return false;
+  }
+  return true;
+}
+
+// Whether each of the positional arguments is plain, and nobody but the dispatcher must see the call.
+template <class... Values>
+bool read_all(PyObject* const* values, Py_ssize_t count, Values*... out) {
+  if (count != sizeof...(out)) return false;
+  if (at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing()) return false;
+  return (read(*values++, out) && ...);
+}
+
+PyObject* not_plain() { return Py_NewRef(Py_NotImplemented); }
+
+// run() without Python's lock.
+template <class Run>
+PyObject* answer(const Run& run) {
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release no_lock;
+    y = run();
+  }
+  return THPVariable_Wrap(std::move(y));
+}
+
+PyObject* conv2d(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor x, weight;
+  OptionalTensor bias;
+  Geometry g;
+  if (!read_all(values, count, &x, &weight, &bias, &g.stride, &g.padding, &g.dilation, &g.groups) ||
+      x.dim() != 4) {
+    return not_plain();
+  }
+  return answer([&] { return autograd::conv2d(x, weight, bias, g); });
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* max_pool2d(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor x;
+  Window w;
+  bool ceil_mode = false;
+  if (!read_all(values, count, &x, &w.kernel, &w.stride, &w.padding, &w.dilation, &ceil_mode))
+    return not_plain();
+  return answer([&] { return autograd::max_pool2d(x, w, ceil_mode); });
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* local_response_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor x;
+  int64_t size = 0;
+  double alpha = 0, beta = 0, k = 0;
+  if (!read_all(values, count, &x, &size, &alpha, &beta, &k)) return not_plain();
+  return answer([&] { return autograd::local_response_norm(x, size, alpha, beta, k); });
+  END_HANDLE_TH_ERRORS
+}
+
+bool of_one_dtype(const std::vector<Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [&](const Tensor& t) { return t.scalar_type() == tensors[0].scalar_type(); });
+}
+
+PyObject* concat(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  std::vector<Tensor> tensors;
+  int64_t dim = 0;
+  if (!read_all(values, count, &tensors, &dim) || !of_one_dtype(tensors)) return not_plain();
+  return answer([&] { return autograd::concat(tensors, dim); });
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* subsample(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor x, coefficient, bias;
+  autograd::Kernel kernel;
+  c10::string_view squash;
+  if (!read_all(values, count, &x, &coefficient, &bias, &kernel, &squash) ||
+      !of_one_dtype({x, coefficient, bias})) {
+    return not_plain();
+  }
+  return answer([&] { return autograd::subsample(x, coefficient, bias, kernel, squash); });
+  END_HANDLE_TH_ERRORS
+}
+
+// Whether there is nothing for cuda_cnn/ops to complain of before the running statistics change.
+bool plain_batch_norm(const Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      const autograd::BatchNormMode& mode) {
+  if (x.dim() < 2 || x.numel() == 0 || mode.eps <= 0 || running_mean.has_value() != running_var.has_value()) {
+    return false;
+  }
+  if (!mode.training) return true;
+  const int64_t channels = x.size(1);
+  return x.numel() > channels &&
+         (!running_mean || (running_mean->numel() == channels && running_var->numel() == channels));
+}
+
+PyObject* batch_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor x;
+  OptionalTensor residual, weight, bias, running_mean, running_var;
+  autograd::BatchNormMode mode;
+  double momentum = 0;
+  if (!read_all(values, count, &x, &running_mean, &running_var, &weight, &bias, &mode.training, &momentum,
+                &mode.eps, &residual, &mode.relu) ||
+      !plain_batch_norm(x, running_mean, running_var, mode)) {
+    return not_plain();
+  }
+  return answer([&] {
+    if (!mode.training) {
+      return std::get<0>(autograd::batch_norm(x, residual, weight, bias, running_mean, running_var, mode));
+    }
+    const auto [y, mean, var] = autograd::batch_norm(x, residual, weight, bias, {}, {}, mode);
+    if (running_mean) {
+      const double values_per_channel = static_cast<double>(x.numel() / x.size(1));
+      const at::NoGradGuard no_grad;
+      running_mean->mul_(1 - momentum).add_(mean, momentum);
+      running_var->mul_(1 - momentum).add_(var, momentum * values_per_channel / (values_per_channel - 1));
+    }
+    return y;
+  });
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace
+
+PyMethodDef* eager_methods() {
+#define CUDA_CNN_EAGER(name)                                                                          \
+  {                                                                                                   \
+    #name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&name)), METH_FASTCALL, nullptr \
+  }
+  static PyMethodDef methods[] = {CUDA_CNN_EAGER(batch_norm),    CUDA_CNN_EAGER(concat),
+                                  CUDA_CNN_EAGER(conv2d),        CUDA_CNN_EAGER(local_response_norm),
+                                  CUDA_CNN_EAGER(max_pool2d),    CUDA_CNN_EAGER(subsample),
+                                  {nullptr, nullptr, 0, nullptr}};
+#undef CUDA_CNN_EAGER
+  return methods;
+}
+
+}  // namespace cuda_cnn
