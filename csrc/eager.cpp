@@ -147,7 +147,9 @@ PyObject* concat(PyObject*, PyObject* const* values, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   std::vector<Tensor> tensors;
   int64_t dim = 0;
-  if (!read_all(values, count, &tensors, &dim) || !of_one_dtype(tensors)) return not_plain();
+  if (!read_all(values, count, &tensors, &dim) || tensors.empty() || !of_one_dtype(tensors)) {
+    return not_plain();
+  }
   return answer([&] { return autograd::concat(tensors, dim); });
   END_HANDLE_TH_ERRORS
 }
