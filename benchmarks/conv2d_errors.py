@@ -1,0 +1,86 @@
+"""The largest error of each conv2d algorithm on the CPU against float64, as the Markdown table of docs/numerics.md.
+
+python benchmarks/conv2d_errors.py
+"""
+
+import torch
+
+from cuda_cnn import backends
+from cuda_cnn.ops.conv2d import algorithm
+
+# name, x, weight, stride, padding, groups: one image of layers with short and with long sums
+LAYERS = [
+    ("VGG 64@112", (1, 64, 112, 112), (64, 64, 3, 3), 1, 1, 1),
+    ("VGG 256@28", (1, 256, 28, 28), (512, 256, 3, 3), 1, 1, 1),
+    ("ResNet 512@7", (4, 512, 7, 7), (512, 512, 3, 3), 1, 1, 1),
+    ("ResNet 1×1, 1024@14", (4, 1024, 14, 14), (256, 1024, 1, 1), 1, 0, 1),
+    ("ResNet 3×3/2, 128@56", (2, 128, 56, 56), (128, 128, 3, 3), 2, 1, 1),
+    ("AlexNet conv1", (2, 3, 227, 227), (96, 3, 11, 11), 4, 0, 1),
+    ("depthwise 128@56", (2, 128, 56, 56), (128, 1, 3, 3), 1, 1, 128),
+    ("32 groups of 4 @56", (2, 128, 56, 56), (128, 4, 3, 3), 1, 1, 32),
+]
+PASSES = ("forward", "input_grad", "weight_grad")
+LADDER = ("winograd", "depthwise", "gemm", "reference")
+
+
+def errors(layer):
+    """(algorithm or "torch", pass): the largest difference from float64 over the largest value."""
+    _, x_shape, weight_shape, stride, padding, groups = layer
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(shape):
+        return torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+
+    x, weight = normal(x_shape), normal(weight_shape)
+    geometry = ((stride, stride), (padding, padding), (1, 1), groups)
+    dy = normal(torch.nn.functional.conv2d(x.to("meta"), weight.to("meta"), None, *geometry).shape)
+
+    def torchs(dy, x, weight):
+        y = torch.nn.functional.conv2d(x, weight, None, *geometry)
+        masked = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, *geometry[:3], False, (0, 0), groups, (True, True, False)
+        )
+        return y, masked[0], masked[1]
+
+    def ours(dy, x, weight):
+        ops = torch.ops.cuda_cnn
+        return (
+            ops.conv2d(x, weight, None, *geometry),
+            ops.conv2d_input_grad(dy, weight, x.shape, *geometry, True),
+            ops.conv2d_weight_grad(dy, x, weight.shape, *geometry, True),
+        )
+
+    exact = torchs(dy.double(), x.double(), weight.double())
+    found = {"torch": torchs(dy, x, weight)}
+    for name in LADDER:
+        with backends.flags(conv2d_algorithm=name):
+            chosen = algorithm(
+                "forward",
+                x_shape,
+                weight_shape,
+                stride=geometry[0],
+                padding=geometry[1],
+                groups=groups,
+            )
+            if chosen == name:
+                found[name] = ours(dy, x, weight)
+    return {
+        (name, which): ((value.double() - right).abs().max() / right.abs().max()).item()
+        for name, values in found.items()
+        for which, value, right in zip(PASSES, values, exact)
+    }
+
+
+def main():
+    print("| layer | pass | torch | " + " | ".join(LADDER) + " |")
+    print("|---|---|" + "---|" * (1 + len(LADDER)))
+    for layer in LAYERS:
+        found = errors(layer)
+        for which in PASSES:
+            cells = [found.get((name, which)) for name in ("torch", *LADDER)]
+            text = " | ".join("" if cell is None else f"{cell:.1e}" for cell in cells)
+            print(f"| {layer[0]} | {which.replace('_', ' ')} | {text} |")
+
+
+if __name__ == "__main__":
+    main()
