@@ -150,7 +150,7 @@ def _results(args: argparse.Namespace, on: Device) -> Results:
     if not (args.resume and path and path.exists()):
         return Results(head, path)
     found = load(path)
-    for name in (*compare.SAME, "torch"):
+    for name in (*compare.SAME, "torch", "kernels"):
         if found.header.get(name) != head.get(name):
             raise ValueError(
                 f"--resume: {path} was measured with {name} {found.header.get(name)!r}, not {head[name]!r}"
