@@ -61,7 +61,7 @@ def write_all(folder: Path, root: Path = ROOT) -> list[Path]:
     written = draw(document, root / FIGURES, ("svg",))
     page = root / "README.md"
     write_text(page, readme(page.read_text(encoding="utf-8"), document))
-    write_text(root / "docs/measured.md", measured(document, [path.name for path in written]))
+    write_text(root / "docs/measured.md", measured(document, sorted(path.name for path in written)))
     return [page, root / "docs/measured.md", *written]
 
 
@@ -81,6 +81,11 @@ def speed(document: dict[str, Any]) -> str:
         f"({head['onednn']}), channels_last, batch {document['rows'][0]['batch'] if document['rows'] else 4}.",
         "Times torch's: above 1 this library is faster; geometric mean over the network's distinct layers, in",
         "brackets how many of them are slower than torch's.",
+        *(
+            []
+            if document["complete"]
+            else ["The run was stopped before its end: what is not listed was not measured."]
+        ),
         "",
         *_speed_table(document["rows"]),
     ]
