@@ -12,7 +12,7 @@ SOURCES := setup.py build_config.py pyproject.toml $(shell find csrc -type f)
 JOBS ?= 2
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: help build demo test bench figures lint format asan sanitize sdist clean FORCE
+.PHONY: help build demo test bench figures lint format asan sanitize card sdist clean FORCE
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
@@ -81,10 +81,11 @@ format: $(STAMPS)/dev ## ruff and clang-format
 asan: build ## the operators' tests over kernels built with AddressSanitizer and UBSan
 	PYTHON=$(PY) .ci/steps/10-asan $(ARGS)
 
-sanitize: build ## the CUDA tests under compute-sanitizer: needs a GPU
-	for tool in memcheck racecheck initcheck synccheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) -m pytest -q -k "cuda and not emulated" $(ARGS) || exit 1; \
-	done
+sanitize: build ## the operators' tests under compute-sanitizer's memcheck and racecheck: needs a GPU
+	PYTHON=$(PY) .ci/card sanitize $(ARGS)
+
+card: ## all that a GPU has to show, in order: .ci/card says which parts there are
+	PYTHON=$(PY) .ci/card $(ARGS)
 
 sdist: $(STAMPS)/dev ## the source distribution, in dist/
 	$(PY) setup.py -q sdist

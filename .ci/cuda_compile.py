@@ -33,12 +33,15 @@ BUDGETS = [(r"TensorCoreProduct|FmaProduct", 255), (r"", 128)]
 
 # What the main loop of a kernel must hold, by the first pattern found: the least share of tensor-core
 # products, and what else has to be there. sm_80 takes 8 cycles for a product: with more than 1 in 8
-# instructions the tensor cores are the limit. There is no ldmatrix that transposes 32-bit elements.
+# instructions the tensor cores are the limit, and two blocks share the issue slots. The small tiles are for
+# layers that fill no card. There is no ldmatrix that transposes 32-bit elements.
 MAIN_LOOPS = [
-    (r"^correlate<TensorCoreProduct<.* 128, 128>, \(Load\)0", 1 / 8, ["LDSM", "LDGSTS"]),
-    (r"^weight_gradient<TensorCoreProduct<[BH].* 128, 128>, \(Load\)0", 1 / 8, ["LDSM", "LDGSTS"]),
-    (r"^weight_gradient<TensorCoreProduct<float.*, \(Load\)0", 1 / 25, ["LDGSTS"]),
-    (r"TensorCoreProduct<.*, \(Load\)0", 1 / 16, ["LDSM", "LDGSTS"]),
+    (r"^correlate<TensorCoreProduct<[BH].* 128, 128>, \(Load\)0", 1 / 4, ["LDSM", "LDGSTS"]),
+    (r"^weight_gradient<TensorCoreProduct<[BH].* 128, 128>, \(Load\)0", 1 / 4, ["LDSM", "LDGSTS"]),
+    (r"^correlate<TensorCoreProduct<float.* 128, 128>, \(Load\)0", 1 / 6, ["LDSM", "LDGSTS"]),
+    (r"^weight_gradient<TensorCoreProduct<float.*, \(Load\)0", 1 / 20, ["LDGSTS"]),
+    (r"TensorCoreProduct<[BH].*, \(Load\)0", 1 / 10, ["LDSM", "LDGSTS"]),
+    (r"TensorCoreProduct<.*, \(Load\)0", 1 / 14, ["LDSM", "LDGSTS"]),
     (r"TensorCoreProduct<", 0, []),
 ]
 
@@ -114,11 +117,14 @@ def find_nvcc() -> str | None:
 
 
 def find_cuobjdump(nvcc: str) -> str | None:
-    """The toolkit's, or the one inside the triton wheel (which finds nvdisasm beside itself)."""
+    """The toolkit's, or one inside a triton wheel (which finds nvdisasm beside itself): this environment's or the
+    one that .ci/steps/50-cuda-build leaves behind."""
     candidates = [Path(nvcc).resolve().with_name("cuobjdump"), "cuobjdump", "/usr/local/cuda/bin/cuobjdump"]
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
         candidates.append(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
+    inside = "build/cuda-venv/lib/python*/site-packages/triton/backends/nvidia/bin/cuobjdump"
+    candidates += sorted(ROOT.glob(inside))
     return next(filter(None, (shutil.which(str(path)) for path in candidates)), None)
 
 

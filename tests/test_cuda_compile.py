@@ -61,12 +61,12 @@ def machine_code(body: list[str]) -> str:
         (["HMMA.16816.F32 R4", "LDGSTS.E.128 R8"], ["no LDSM in the main loop"]),
         (
             ["HMMA.16816.F32 R4", "LDSM R8", "LDGSTS R8", *["IADD3 R1, R1, R2"] * 8],
-            ["1 HMMA in a main loop of 12, expected 12.5% or more"],
+            ["1 HMMA in a main loop of 12, expected 25.0% or more"],
         ),
-        (["HMMA.16816.F32 R4", "LDSM R8", "@!P1 LDGSTS R8", "STL [R1], R2"], ["local memory: STL"]),
+        ([*["HMMA.16816.F32 R4"] * 2, "LDSM R8", "@!P1 LDGSTS R8", "STL [R1], R2"], ["local memory: STL"]),
         (
             ["FFMA R1, R2, R3, R1"],
-            ["0 HMMA in a main loop of 0, expected 12.5% or more", *["no LDSM", "no LDGSTS"]],
+            ["0 HMMA in a main loop of 0, expected 25.0% or more", *["no LDSM", "no LDGSTS"]],
         ),
     ],
 )

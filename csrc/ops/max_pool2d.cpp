@@ -119,8 +119,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> max_pool2d_with_indices(const at:
 }
 
 // Parameters of the two linear maps that the taps define between the planes.
-MaxPool2dParams linear_params(const at::Tensor& taps, Ints plane, Ints kernel, Ints stride, Ints padding,
-                              Ints dilation) {
+MaxPool2dParams linear_params(const at::Tensor& taps, const at::Device& device, Ints plane, Ints kernel,
+                              Ints stride, Ints padding, Ints dilation) {
+  TORCH_CHECK(taps.device() == device, kOp, ": expected taps on ", device, ", got ", taps.device());
   TORCH_CHECK(plane.size() == 2, kOp, ": expected input_size of two ints, got ", plane);
   TORCH_CHECK(taps.dim() == 3 || taps.dim() == 4, kOp, ": expected taps of 3 or 4 dimensions, got ",
               taps.dim());
@@ -137,7 +138,7 @@ MaxPool2dParams linear_params(const at::Tensor& taps, Ints plane, Ints kernel, I
 at::Tensor max_pool2d_backward(const at::Tensor& dy, const at::Tensor& taps, Ints input_size, Ints kernel,
                                Ints stride, Ints padding, Ints dilation) {
   check_tensor(kOp, "grad_output", dy);
-  MaxPool2dParams p = linear_params(taps, input_size, kernel, stride, padding, dilation);
+  MaxPool2dParams p = linear_params(taps, dy.device(), input_size, kernel, stride, padding, dilation);
   check_same_shape(kOp, "grad_output", dy, taps);
   const at::MemoryFormat format = format_of(taps);
   at::Tensor dx = at::empty(with_plane(taps.sizes(), p.h.in, p.w.in), dy.options().memory_format(format));
@@ -156,8 +157,8 @@ at::Tensor max_pool2d_gather(const at::Tensor& plane, const at::Tensor& taps, In
   check_tensor(kOp, "input", plane);
   TORCH_CHECK(plane.dim() == taps.dim(), kOp, ": expected taps of ", plane.dim(), " dimensions, got ",
               taps.dim());
-  MaxPool2dParams p =
-      linear_params(taps, plane.sizes().slice(plane.dim() - 2), kernel, stride, padding, dilation);
+  MaxPool2dParams p = linear_params(taps, plane.device(), plane.sizes().slice(plane.dim() - 2), kernel,
+                                    stride, padding, dilation);
   TORCH_CHECK(plane.sizes().slice(0, plane.dim() - 2) == taps.sizes().slice(0, taps.dim() - 2), kOp,
               ": expected taps with the batch and channels of ", plane.sizes(), ", got ", taps.sizes());
   const at::MemoryFormat format = format_of(taps);
