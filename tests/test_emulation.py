@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from emulation import LANDINGS, SCHEDULES, Engine, Unavailable, emulated, torch_engine
-from emulation.build import HERE, build
+from emulation.build import HERE, KERNELS, build
 
 # In the order of enum class Bug in emulation/kernels/planted.cu.
 BUGS = [
@@ -49,9 +49,6 @@ class Kernels:
     def tf32_product(self, a: torch.Tensor, b: torch.Tensor, bug: str = "none") -> tuple[torch.Tensor, str]:
         return self._run("run_tf32_product", torch.full((16, 8), float("nan")), a, b, bug=bug)
 
-    def wrappers(self, rows: torch.Tensor) -> tuple[torch.Tensor, str]:
-        return self._run("run_wrappers", torch.zeros(32, 14, dtype=torch.int32), rows)
-
     def _run(
         self, name: str, result: torch.Tensor, *inputs: Any, bug: str = "none"
     ) -> tuple[torch.Tensor, str]:
@@ -81,7 +78,7 @@ def product(m: int = 100, n: int = 72, depth: int = 136) -> torch.Tensor:
 
 def emulated_kernels(name: str, **options: str) -> Kernels:
     try:
-        engine = Engine(build(name, [HERE / "kernels/planted.cu"], **options))
+        engine = Engine(build(name, KERNELS, **options))
     except Unavailable as reason:
         pytest.skip(str(reason))
     return Kernels(engine.library, engine)
@@ -269,22 +266,6 @@ def test_product_through_the_whole_pipeline(kernels_anywhere):
     assert torch.equal(d, product())
 
 
-def test_load_matrix_and_narrow_copies(kernels_anywhere):
-    rows = torch.arange(32 * 8, dtype=torch.int16).reshape(32, 8)
-    fragments, report = kernels_anywhere.wrappers(rows)
-    assert report == ""
-    rows = rows.clone()
-    rows[5, 7] = 0  # only 2 of the last 4 bytes of row 5 are copied
-    matrices = rows.reshape(4, 8, 8)
-
-    def fragment(matrix: torch.Tensor) -> torch.Tensor:  # lane 4 g + t holds elements 2t, 2t+1 of row g
-        return matrix.contiguous().view(torch.int32).reshape(32)
-
-    plain, transposed = [fragment(m) for m in matrices], [fragment(m.T) for m in matrices]
-    expected = plain + transposed + plain[:2] + transposed[:2] + plain[:1] + transposed[:1]
-    assert torch.equal(fragments, torch.stack(expected, dim=1))
-
-
 def test_tf32_product(kernels_anywhere):
     generator = torch.Generator().manual_seed(1)
     a, b = torch.randn(16, 8, generator=generator), torch.randn(8, 8, generator=generator)
@@ -334,6 +315,21 @@ def test_operators_are_led_to_the_emulated_kernels(operators):
     operators.reset_counters()
     F.local_response_norm(x, 5)
     assert operators.counters == []
+
+
+NO_KERNEL_IMAGE, INVALID_FUNCTION = 209, 98
+
+
+@pytest.mark.parametrize("code", [NO_KERNEL_IMAGE, INVALID_FUNCTION])
+def test_a_gpu_that_the_build_does_not_hold_is_named(operators, code):
+    from cuda_cnn import functional as F
+
+    x = torch.randn(2, 16, 3, 3)
+    text = r"this GPU is sm_75; the build holds code for sm_80 sm_90\. Rebuild with TORCH_CUDA_ARCH_LIST=7\.5"
+    with emulated(launch_error=code), pytest.raises(RuntimeError, match=text):
+        F.local_response_norm(x, 5)
+    with emulated(launch_error=9), pytest.raises(RuntimeError, match="kernel launch: invalid configuration"):
+        F.local_response_norm(x, 5)
 
 
 def test_memory_starts_as_not_a_number(operators):

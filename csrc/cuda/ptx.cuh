@@ -25,8 +25,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 }
 
 // Asynchronous copy of kBytes from global to shared memory, both aligned to kBytes; the bytes past
-// source_bytes become zero, and with source_bytes == 0 the source is not read (but must still be a valid
-// pointer).
+// source_bytes become zero, and with source_bytes == 0 the source is not read, and may lie
+// anywhere.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source,
                                            int source_bytes = kBytes) {
@@ -143,6 +143,21 @@ __device__ __forceinline__ float unpack_fp16(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
+}
+
+// Square root to one unit in the last place; of 0 and infinity exactly.
+__device__ __forceinline__ float sqrt_approx(float x) {
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+
+// Holds the value in a register from here on: what was worked out before a loop is not worked out again
+// inside.
+__device__ __forceinline__ void keep(int& value) { asm volatile("" : "+r"(value)); }
+template <class T>
+__device__ __forceinline__ void keep(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
 }
 
 // Plain accesses by a 32-bit shared address; the address is aligned to the size of T (4, 8 or 16 bytes).

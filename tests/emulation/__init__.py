@@ -31,6 +31,7 @@ DEFAULTS = {
     "races": False,
     "bounds": False,
     "counters": False,
+    "launch_error": 0,
 }
 
 __all__ = [
@@ -68,7 +69,7 @@ class Engine:
         self.set(**DEFAULTS)
 
     def set(self, **options: str | int | bool) -> None:
-        """schedule (of SCHEDULES), landing (of LANDINGS), seed, races, bounds, counters."""
+        """schedule (of SCHEDULES), landing (of LANDINGS), seed, races, bounds, counters; launch_error: a code."""
         for name, value in options.items():
             if isinstance(value, str):
                 value = {"schedule": SCHEDULES, "landing": LANDINGS}[name].index(value)

@@ -15,7 +15,7 @@ OUTPUT = ROOT / "build" / "emulated"
 
 INCLUDES = [HERE / "include", ROOT / "csrc"]
 COMMON = "-g1 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-math-errno -Wall -Wno-unknown-pragmas"
-COMMON += " -DCUDA_CNN_EMULATED"
+COMMON += " -DCUDA_CNN_EMULATED -D__CUDA_ARCH_LIST__=800,900"
 FLAGS = {
     "engine": "-O2",
     # The instrumentation shows every load and store to engine/memory.cpp. Aggregates stay whole, so that a
@@ -31,6 +31,10 @@ rule compile
 rule link
   command = {compiler} -shared -Wl,-Bsymbolic $in -o $out $flags
 """
+
+
+# The tests' own kernels: compiled together, for one copy of the engine.
+KERNELS = [HERE / "kernels/planted.cu", ROOT / "tests/golden/kernels.cu"]
 
 
 class Unavailable(Exception):  # noqa: N818

@@ -25,6 +25,7 @@ struct Options {
   bool races = false;     // in shared memory races, uninitialised reads, reads in flight; between blocks
   bool bounds = false;    // global accesses must fall into a registered range
   bool counters = false;  // bank conflicts and sectors
+  unsigned launch_error = 0;
 };
 extern Options options;
 

@@ -68,6 +68,8 @@ void clear_report() {
   reported.clear();
 }
 
+int launch_error() { return static_cast<int>(options.launch_error); }
+
 const char* last_report() { return report_text.c_str(); }
 
 bool in_registered_range(const void* pointer, size_t bytes) {
@@ -101,6 +103,8 @@ bool emulation_set(const char* name, unsigned value) {
     options.bounds = value != 0;
   } else if (option == "counters") {
     options.counters = value != 0;
+  } else if (option == "launch_error") {
+    options.launch_error = value;
   } else {
     return false;
   }

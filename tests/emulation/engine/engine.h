@@ -102,6 +102,7 @@ struct Launch {
   size_t argument_bytes;
 };
 bool run(const Launch& launch);  // false: an error was reported
+int launch_error();              // that every launch shall give, or 0
 const char* last_report();
 
 }  // namespace cuda_cnn::emulation

@@ -151,7 +151,18 @@ inline unsigned __float_as_uint(float x) { return bit_cast_to<unsigned>(x); }
 inline int __float_as_int(float x) { return bit_cast_to<int>(x); }
 inline float __uint_as_float(unsigned x) { return bit_cast_to<float>(x); }
 inline float __int_as_float(int x) { return bit_cast_to<float>(x); }
-inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+namespace cuda_cnn::emulation {
+// As far off as the hardware may be: the result moved by up to `ulps` in the last place, this way or that.
+inline float inexact(float exact, int ulps) {
+  const uint32_t bits = bit_cast_to<uint32_t>(exact), magnitude = bits & 0x7fffffffu;
+  if (magnitude < 0x00800000u || magnitude >= 0x7f000000u) return exact;
+  const int moved = static_cast<int>((bits * 2654435761u) >> 16) % (2 * ulps + 1) - ulps;
+  return bit_cast_to<float>(bits + static_cast<uint32_t>(moved));
+}
+}  // namespace cuda_cnn::emulation
+inline float rsqrtf(float x) {
+  return cuda_cnn::emulation::inexact(static_cast<float>(1. / std::sqrt(static_cast<double>(x))), 2);
+}
 inline double rsqrt(double x) { return 1. / std::sqrt(x); }
 inline float rsqrt(float x) { return rsqrtf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
@@ -176,6 +187,8 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorLaunchFailure = 719
 };
 enum cudaFuncAttribute {
@@ -194,6 +207,12 @@ struct cudaLaunchConfig_t {
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? cuda_cnn::emulation::last_report() : "invalid configuration";
 }
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 7 : 5;  // older than any code of ours
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute attribute, int value) {
@@ -208,6 +227,9 @@ inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaSt
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  if (cuda_cnn::emulation::launch_error() != 0) {
+    return static_cast<cudaError_t>(cuda_cnn::emulation::launch_error());
+  }
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> parameters;

@@ -59,13 +59,21 @@ inline uint32_t round_tf32(uint32_t float_bits) {
   return magnitude == 0x7f800000u ? float_bits : (float_bits + 0x1000u) & 0xffffe000u;
 }
 
+// Every NaN becomes the one that the conversion gives.
 inline uint32_t pack_bf16(float low, float high) {
-  return to_bfloat16(low).bits | static_cast<uint32_t>(to_bfloat16(high).bits) << 16;
+  const auto convert = [](float x) { return x != x ? 0x7fffu : uint32_t{to_bfloat16(x).bits}; };
+  return convert(low) | convert(high) << 16;
 }
 inline uint32_t pack_fp16(float low, float high) {
-  return to_half(low).bits | static_cast<uint32_t>(to_half(high).bits) << 16;
+  const auto convert = [](float x) { return x != x ? 0x7fffu : uint32_t{to_half(x).bits}; };
+  return convert(low) | convert(high) << 16;
 }
 inline float unpack_fp16(uint16_t bits) { return to_float(Half{bits}); }
+
+inline float sqrt_approx(float x) { return emulation::inexact(std::sqrt(x), 1); }
+
+template <class T>
+void keep(T&) {}
 
 // Not seen by the instrumentation, because they report the access themselves.
 template <class T>

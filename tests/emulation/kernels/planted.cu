@@ -185,38 +185,6 @@ __global__ void tf32_product(const float* a, const float* b, float* d) {
   for (int h = 0; h < 4; ++h) d[(g + h / 2 * 8) * 8 + 2 * t + h % 2] = sum[h];
 }
 
-// ---- wrappers one by one: ldmatrix in all its forms, and the narrow copies ----
-
-struct WrapperShared {
-  alignas(16) uint16_t rows[32][8];
-};
-
-__global__ void wrappers(const uint16_t* rows, uint32_t* fragments) {
-  WrapperShared& shared = shared_storage<WrapperShared>();
-  const int lane = threadIdx.x;
-  ptx::copy_async<8>(ptx::shared_address(&shared.rows[lane][0]), rows + lane * 8);
-  ptx::copy_async<4>(ptx::shared_address(&shared.rows[lane][4]), rows + lane * 8 + 4);
-  ptx::copy_async<4>(ptx::shared_address(&shared.rows[lane][6]), rows + lane * 8 + 6, lane == 5 ? 2 : 4);
-  ptx::copy_commit();
-  ptx::copy_wait<0>();
-  __syncwarp();
-  const uint32_t address = ptx::shared_address(shared.rows[lane]);
-  uint32_t four[4], two[2], one[1];
-  uint32_t* out = fragments + lane * 14;
-  ptx::load_matrix<4>(four, address);
-  for (uint32_t value : four) *out++ = value;
-  ptx::load_matrix<4, true>(four, address);
-  for (uint32_t value : four) *out++ = value;
-  ptx::load_matrix<2>(two, address);
-  for (uint32_t value : two) *out++ = value;
-  ptx::load_matrix<2, true>(two, address);
-  for (uint32_t value : two) *out++ = value;
-  ptx::load_matrix<1>(one, address);
-  *out++ = one[0];
-  ptx::load_matrix<1, true>(one, address);
-  *out++ = one[0];
-}
-
 // ---- entry points for ctypes: true, or false with the emulator's report ----
 
 template <class Launcher>
@@ -266,8 +234,4 @@ EXPORT run_tf32_product(int bug, float* d, const float* a, const float* b) {
   return succeeds([&] {
     with_bug(bug, [&](auto constant) { launch(tf32_product<constant.value>, 1, 32, 0, nullptr, a, b, d); });
   });
-}
-
-EXPORT run_wrappers(int, uint32_t* fragments, const uint16_t* rows) {
-  return succeeds([&] { launch(wrappers, 1, 32, sizeof(WrapperShared), nullptr, rows, fragments); });
 }
