@@ -16,8 +16,11 @@ CASES = {
     "strided": ((2, 72, 7, 8), (16, 72, 3, 2), 2, 1, 1),
     "groups": ((1, 32, 12, 11), (48, 16, 3, 3), 1, 2, 2),
     "odd channels": ((1, 3, 21, 20), (7, 3, 5, 5), 3, 2, 1),
+    "stem": ((1, 3, 17, 19), (16, 3, 7, 7), 2, 3, 1),
+    "groups of odd channels": ((2, 15, 9, 8), (40, 3, 4, 3), (1, 2), (1, 0), 5),
 }
-VARIANTS = [("128x128", "async"), ("128x64", "async"), ("64x64", "async"), ("", "mapped"), ("", "scalar")]
+VARIANTS = [("128x128", "async"), ("128x64", "async"), ("64x64", "async")]
+VARIANTS += [("", load) for load in ("mapped", "scalar", "rearranged")]
 DEVICES = ["cuda_emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 CHANNELS_LAST = torch.channels_last
 

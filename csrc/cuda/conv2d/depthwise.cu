@@ -27,6 +27,7 @@ struct Depthwise {
   int images, channels, R, S;
   int source_height, source_width, out_height, out_width;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  FastDivide by_stride_h, by_stride_w, by_height, by_width;  // height and width of the grid's pixels
   bool relu;
   Prologue prologue;
 };
@@ -39,12 +40,13 @@ struct WeightShared {
 // The source row of tap r for output row i, or -1: the forward pass multiplies, the gradient divides by the
 // stride.
 template <bool kGradient>
-__device__ __forceinline__ int source_row(int i, int r, int stride, int pad, int dilation, int extent) {
+__device__ __forceinline__ int source_row(int i, int r, int stride, const FastDivide& by_stride, int pad,
+                                          int dilation, int extent) {
   int at;
   if constexpr (kGradient) {
     const int reach = i + pad - r * dilation;
-    if (reach < 0 || reach % stride != 0) return -1;
-    at = reach / stride;
+    at = by_stride.quotient(reach);
+    if (reach < 0 || at * stride != reach) return -1;
   } else {
     at = i * stride + r * dilation - pad;
   }
@@ -69,12 +71,13 @@ __global__ void __launch_bounds__(kBlock, 6) depthwise_kernel(const __grid_const
   for (int each = 0; each < kPixelsEach; ++each) {
     const int pixel = (blockIdx.x * kPixelsEach + each) * kPixels + threadIdx.x / kLanes;
     if (pixel >= pixels) return;
-    const int column = pixel % p.out_width, line = pixel / p.out_width;
-    const int row = line % p.out_height, image = line / p.out_height;
+    const auto [image, row, column] = pixel_index(pixel, p.by_height, p.by_width);
     A sums[kPack] = {};
     for (int tap = 0, r = 0, s = 0; tap < taps; ++tap) {
-      const int h = source_row<kGradient>(row, r, p.stride_h, p.pad_h, p.dilation_h, p.source_height);
-      const int w = source_row<kGradient>(column, s, p.stride_w, p.pad_w, p.dilation_w, p.source_width);
+      const int h =
+          source_row<kGradient>(row, r, p.stride_h, p.by_stride_h, p.pad_h, p.dilation_h, p.source_height);
+      const int w =
+          source_row<kGradient>(column, s, p.stride_w, p.by_stride_w, p.pad_w, p.dilation_w, p.source_width);
       if (h >= 0 && w >= 0) {
         const int64_t at =
             ((int64_t{image} * p.source_height + h) * p.source_width + w) * p.source_pixel + channel;
@@ -121,13 +124,14 @@ __global__ void __launch_bounds__(kBlock, 6)
   const Range share = split_range(p.images * p.out_height * p.out_width, splits, split);
   A sums[kPack] = {};
   for (int pixel = share.begin + line; pixel < share.end && channel < p.channels; pixel += kPixels) {
-    const int column = pixel % p.out_width, row = pixel / p.out_width % p.out_height;
-    const int image = pixel / p.out_width / p.out_height;
-    const int h = source_row<false>(row, r, p.stride_h, p.pad_h, p.dilation_h, p.source_height);
-    const int w = source_row<false>(column, s, p.stride_w, p.pad_w, p.dilation_w, p.source_width);
+    const PixelIndex at_pixel = pixel_index(pixel, p.by_height, p.by_width);
+    const int h =
+        source_row<false>(at_pixel.i, r, p.stride_h, p.by_stride_h, p.pad_h, p.dilation_h, p.source_height);
+    const int w =
+        source_row<false>(at_pixel.j, s, p.stride_w, p.by_stride_w, p.pad_w, p.dilation_w, p.source_width);
     if (h < 0 || w < 0) continue;
     const int64_t at =
-        ((int64_t{image} * p.source_height + h) * p.source_width + w) * p.source_pixel + channel;
+        ((int64_t{at_pixel.image} * p.source_height + h) * p.source_width + w) * p.source_pixel + channel;
     const Pack<T, kPack> x = load_pack<kPack>(static_cast<const T*>(p.source) + at);
     const Pack<T, kPack> grad = load_pack<kPack>(dy + pixel * dy_pixel + channel);
 #pragma unroll
@@ -147,8 +151,11 @@ __global__ void __launch_bounds__(kBlock, 6)
   sums_of_splits[(int64_t{split} * p.channels + c) * p.R * p.S + tap] = sum;
 }
 
-Depthwise problem_of(const Conv2dParams& p) {
+Depthwise problem_of(const Conv2dParams& p, int64_t height, int64_t width) {
   Depthwise d{};
+  d.out_height = int(height), d.out_width = int(width);
+  d.by_height = FastDivide::by(height), d.by_width = FastDivide::by(width);
+  d.by_stride_h = FastDivide::by(p.stride_h), d.by_stride_w = FastDivide::by(p.stride_w);
   d.weight = p.weight;
   d.images = int(p.N), d.channels = int(p.C), d.R = int(p.R), d.S = int(p.S);
   d.stride_h = int(p.stride_h), d.stride_w = int(p.stride_w);
@@ -184,25 +191,24 @@ void start_any(const Conv2dParams& p, const Depthwise& d, Stream stream) {
 }  // namespace
 
 void depthwise_forward(const Conv2dParams& p, Stream stream) {
-  Depthwise d = problem_of(p);
+  Depthwise d = problem_of(p, p.P, p.Q);
   d.source = p.x, d.source_pixel = p.x_pixel, d.source_height = int(p.H), d.source_width = int(p.W);
-  d.out = p.y, d.out_pixel = p.y_pixel, d.out_height = int(p.P), d.out_width = int(p.Q);
+  d.out = p.y, d.out_pixel = p.y_pixel;
   d.bias = p.bias, d.residual = p.residual, d.residual_pixel = p.residual_pixel, d.relu = p.relu;
   start_any<false>(p, d, stream);
 }
 
 void depthwise_input_grad(const Conv2dParams& p, Stream stream) {
-  Depthwise d = problem_of(p);
+  Depthwise d = problem_of(p, p.H, p.W);
   d.source = p.dy, d.source_pixel = p.y_pixel, d.source_height = int(p.P), d.source_width = int(p.Q);
-  d.out = p.dx, d.out_pixel = p.x_pixel, d.out_height = int(p.H), d.out_width = int(p.W);
+  d.out = p.dx, d.out_pixel = p.x_pixel;
   d.prologue = {};
   start_any<true>(p, d, stream);
 }
 
 void depthwise_weight_grad(const Conv2dParams& p, const Plan& plan, Stream stream) {
-  Depthwise d = problem_of(p);
+  Depthwise d = problem_of(p, p.P, p.Q);
   d.source = p.x, d.source_pixel = p.x_pixel, d.source_height = int(p.H), d.source_width = int(p.W);
-  d.out_height = int(p.P), d.out_width = int(p.Q);
   const bool packs = in_packs(p, p.x, p.x_pixel, p.dy, p.y_pixel);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);

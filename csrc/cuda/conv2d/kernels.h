@@ -16,6 +16,11 @@ void pack_forward_weight(const Conv2dParams& params, const Plan& plan, void* pac
 void pack_input_grad_weight(const Conv2dParams& params, const Plan& plan, void* packed, Stream stream);
 void add_splits(const Conv2dParams& params, int splits, const void* sums, Stream stream);
 
+// rearrange.cu: the same for an input in blocks of pixels, and that input.
+void rearrange_input(const Conv2dParams& params, const Plan& plan, void* source, Stream stream);
+void rearrange_weight(const Conv2dParams& params, const Plan& plan, void* packed, Stream stream);
+void add_rearranged_splits(const Conv2dParams& params, const Plan& plan, const void* sums, Stream stream);
+
 // channel_sums.cu
 struct ColumnPartials {
   void* data;    // [part][channel][sum, M2]

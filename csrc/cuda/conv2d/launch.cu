@@ -25,20 +25,41 @@ Epilogue epilogue_of(const Conv2dParams& p, void* partials) {
   return {p.bias, p.residual, p.residual_pixel, p.relu, vectors, partials};
 }
 
+// What the products read for x: itself, or its rearranged copy, mapped and with its border.
+Source source_of(const Conv2dParams& p, const Plan& plan) {
+  if (!plan.rearranged()) return {p.x, p.x_pixel, int(p.H), int(p.W), int(p.C / p.groups)};
+  return {workspace(p, plan.source_offset()), p.groups * plan.channels, plan.block_h.extent,
+          plan.block_w.extent, plan.channels};
+}
+
+void set_axes(const Conv2dParams& p, const Plan& plan, Axis& h, Axis& w) {
+  if (!plan.rearranged()) {
+    h = forward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
+    w = forward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
+    return;
+  }
+  const BlockAxis &bh = plan.block_h, &bw = plan.block_w;
+  h = forward_axis(bh.extent, p.P, bh.taps, bh.stride, 0, p.dilation_h);
+  w = forward_axis(bw.extent, p.Q, bw.taps, bw.stride, 0, p.dilation_w);
+}
+
+Prologue prologue_of(const Conv2dParams& p, const Plan& plan) {
+  return plan.rearranged() ? Prologue{} : Prologue{p.in_scale, p.in_shift, p.in_relu};
+}
+
 Correlation forward_problem(const Conv2dParams& p, const Plan& plan) {
   Correlation out{};
-  out.source = {p.x, p.x_pixel, int(p.H), int(p.W), int(p.C / p.groups)};
+  out.source = source_of(p, plan);
   out.weight = plan.pack_weight ? workspace(p, 0) : p.weight;
   out.weight_row = plan.weight_row;
   out.out = p.y;
   out.out_pixel = p.y_pixel;
   out.out_height = int(p.P), out.out_width = int(p.Q);
   out.images = int(p.N), out.groups = int(p.groups), out.columns = int(p.K / p.groups);
-  out.h[0] = forward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
-  out.w[0] = forward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
+  set_axes(p, plan, out.h[0], out.w[0]);
   out.phases_h = out.phases_w = out.phases_of_row = 1;
-  out.prologue = {p.in_scale, p.in_shift, p.in_relu};
-  out.epilogue = epilogue_of(p, p.mean ? workspace(p, plan.packed_bytes) : nullptr);
+  out.prologue = prologue_of(p, plan);
+  out.epilogue = epilogue_of(p, p.mean ? workspace(p, plan.statistics_offset()) : nullptr);
   return out;
 }
 
@@ -72,14 +93,12 @@ WeightGradient weight_grad_problem(const Conv2dParams& p, const Plan& plan) {
   WeightGradient out{};
   out.dy = p.dy;
   out.dy_pixel = p.y_pixel;
-  out.x = {p.x, p.x_pixel, int(p.H), int(p.W), int(p.C / p.groups)};
-  out.out = plan.splits > 1 ? workspace(p, 0) : p.dweight;
+  out.x = source_of(p, plan);
+  out.sums = plan.split_bytes > 0;
+  out.out = out.sums ? workspace(p, plan.split_offset()) : p.dweight;
   out.images = int(p.N), out.groups = int(p.groups), out.rows = int(p.K / p.groups), out.splits = plan.splits;
-  out.h = forward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
-  out.w = forward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
-  out.height = FastDivide::by(static_cast<uint32_t>(max64(p.P, 1)));
-  out.width = FastDivide::by(static_cast<uint32_t>(max64(p.Q, 1)));
-  out.prologue = {p.in_scale, p.in_shift, p.in_relu};
+  set_axes(p, plan, out.h, out.w);
+  out.prologue = prologue_of(p, plan);
   return out;
 }
 
@@ -93,14 +112,19 @@ void conv2d_forward(const Conv2dParams& p, Stream stream) {
   if (p.N * p.P * p.Q * p.K == 0) return;
   const Plan plan = plan_of(Conv2dDirection::kForward, p);
   if (plan.method == Method::kProduct) {
-    if (plan.pack_weight) pack_forward_weight(p, plan, workspace(p, 0), stream);
+    if (plan.rearranged()) {
+      rearrange_input(p, plan, workspace(p, plan.source_offset()), stream);
+      rearrange_weight(p, plan, workspace(p, 0), stream);
+    } else if (plan.pack_weight) {
+      pack_forward_weight(p, plan, workspace(p, 0), stream);
+    }
     const Correlation problem = forward_problem(p, plan);
     dispatch_dtype(p.dtype, [&](auto type) { correlate_product<decltype(type)>(problem, plan, stream); });
     if (p.mean) finish_statistics(p, {problem.epilogue.partials, plan.tile_rows / 2}, stream);
     return;
   }
   plan.method == Method::kDepthwise ? depthwise_forward(p, stream) : direct_forward(p, stream);
-  if (p.mean) output_statistics(p, workspace(p, 0), stream);
+  if (p.mean) output_statistics(p, workspace(p, plan.statistics_offset()), stream);
 }
 
 void conv2d_input_grad(const Conv2dParams& p, Stream stream) {
@@ -119,13 +143,18 @@ void conv2d_input_grad(const Conv2dParams& p, Stream stream) {
 
 void conv2d_weight_grad(const Conv2dParams& p, Stream stream) {
   const Plan plan = plan_of(Conv2dDirection::kWeightGrad, p);
-  if (p.dbias && p.K > 0) bias_gradient(p, workspace(p, plan.split_bytes), stream);
+  if (p.dbias && p.K > 0) bias_gradient(p, workspace(p, plan.statistics_offset()), stream);
   if (!p.dweight || p.K * p.R * p.S * p.C == 0) return;
   if (plan.method == Method::kDepthwise) return depthwise_weight_grad(p, plan, stream);
   if (plan.method == Method::kDirect) return direct_weight_grad(p, stream);
+  if (plan.rearranged()) rearrange_input(p, plan, workspace(p, plan.source_offset()), stream);
   const WeightGradient problem = weight_grad_problem(p, plan);
   dispatch_dtype(p.dtype, [&](auto type) { weight_gradient_product<decltype(type)>(problem, plan, stream); });
-  if (plan.splits > 1) add_splits(p, plan.splits, problem.out, stream);
+  if (plan.rearranged()) {
+    add_rearranged_splits(p, plan, problem.out, stream);
+  } else if (problem.sums) {
+    add_splits(p, plan.splits, problem.out, stream);
+  }
 }
 
 }  // namespace cuda_cnn::cuda

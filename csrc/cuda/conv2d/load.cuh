@@ -36,12 +36,12 @@ struct ChannelMap {
   A scale[kPack], shift[kPack];
   bool relu;
 
+  // The vectors and `channel` are aligned to packs (choose_load).
   __device__ __forceinline__ ChannelMap(const Prologue& prologue, int channel) : relu(prologue.relu) {
 #pragma unroll
-    for (int e = 0; e < kPack; ++e) {
-      scale[e] = prologue.scale ? static_cast<const A*>(prologue.scale)[channel + e] : A(1);
-      shift[e] = prologue.shift ? static_cast<const A*>(prologue.shift)[channel + e] : A(0);
-    }
+    for (int e = 0; e < kPack; ++e) scale[e] = 1, shift[e] = 0;
+    if (prologue.scale) load_widened<kPack, A>(scale, static_cast<const A*>(prologue.scale) + channel);
+    if (prologue.shift) load_widened<kPack, A>(shift, static_cast<const A*>(prologue.shift) + channel);
   }
 
   __device__ __forceinline__ Pack<T, kPack> operator()(const Pack<T, kPack>& pack) const {
@@ -79,16 +79,19 @@ class PixelRows {
   __device__ PixelRows(const Correlation& p, const Axis& h, const Axis& w, int group, int first_pixel,
                        int pixels)
       : p_(p), h_(h), w_(w), group_channel_(group * p.source.channels) {
-    walk_ = TapWalk::at(chunk() * kPack, p.source.channels, w.taps);
+    walk_ = SourceWalk::at(chunk() * kPack, p.source.channels, h, w, p.source.width, p.source.pixel);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int pixel = first_pixel + row(i);
       const bool exists = pixel < pixels;
-      const int line = exists ? pixel / w.count : 0, image = line / h.count;
-      top_[i] = exists ? source_at(h, line % h.count, 0) : kOutside;
-      left_[i] = source_at(w, exists ? pixel % w.count : 0, 0);
-      const int64_t position = (int64_t{image} * p.source.height + top_[i]) * p.source.width + left_[i];
+      const PixelIndex at = pixel_index(exists ? pixel : 0, h.by_count, w.by_count);
+      top_[i] = exists ? source_at(h, at.i, 0) : kOutside;
+      left_[i] = source_at(w, at.j, 0);
+      const int64_t position = (int64_t{at.image} * p.source.height + top_[i]) * p.source.width + left_[i];
       base_[i] = static_cast<const T*>(p.source.data) + position * p.source.pixel + group_channel_;
+      ptx::keep(top_[i]);
+      ptx::keep(left_[i]);
+      ptx::keep(base_[i]);
     }
   }
 
@@ -120,58 +123,50 @@ class PixelRows {
   __device__ static int chunk() { return threadIdx.x % kChunks; }
   __device__ static int row(int i) { return threadIdx.x / kChunks + i * kStep; }
 
-  __device__ __forceinline__ bool has_tap(int i, const TapWalk& at) const {
-    return inside(top_[i] + at.r * h_.tap, p_.source.height) &&
-           inside(left_[i] + at.s * w_.tap, p_.source.width);
-  }
-  __device__ __forceinline__ int64_t offset_of(const TapWalk& at) const {
-    return (int64_t{at.r * h_.tap} * p_.source.width + at.s * w_.tap) * p_.source.pixel + at.c;
+  __device__ __forceinline__ bool has_tap(int i, const SourceWalk& at) const {
+    return at.r < h_.taps && inside(top_[i] + at.row, p_.source.height) &&
+           inside(left_[i] + at.column, p_.source.width);
   }
 
   __device__ __forceinline__ void gather_chunks(uint32_t tile) {
-    const bool in_sum = walk_.r < h_.taps;
-    const int64_t offset = offset_of(walk_);
     inside_ = 0;
     channel_ = group_channel_ + walk_.c;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const bool valid = in_sum && has_tap(i, walk_);
+      const bool valid = has_tap(i, walk_);
       if constexpr (kLoad == Load::kAsync) {
-        ptx::copy_async<16>(tile + Layout::offset(row(i), chunk()),
-                            valid ? base_[i] + offset : p_.source.data, valid ? 16 : 0);
+        ptx::copy_async<16>(tile + Layout::offset(row(i), chunk()), base_[i] + walk_.offset, valid ? 16 : 0);
       } else {
         inside_ |= unsigned{valid} << i;
-        staged_[i] = valid ? load_pack<kPack>(base_[i] + offset) : Pack<T, kPack>{};
+        staged_[i] = valid ? load_pack<kPack>(base_[i] + walk_.offset) : Pack<T, kPack>{};
       }
     }
-    walk_.advance(kDepth<T>, p_.source.channels, w_.taps);
+    walk_.advance(kDepth<T>, p_.source.channels, h_, w_);
   }
 
   __device__ __forceinline__ void gather_elements() {
-    TapWalk at = walk_;
+    SourceWalk at = walk_;
     const bool map = p_.prologue.any();
 #pragma unroll
     for (int e = 0; e < kPack; ++e) {
-      const bool in_sum = at.r < h_.taps;
-      const int64_t offset = offset_of(at);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         T value = zero_of<T>();
-        if (in_sum && has_tap(i, at)) {
-          value = base_[i][offset];
+        if (has_tap(i, at)) {
+          value = base_[i][at.offset];
           if (map) value = narrow_fast<T>(mapped<T>(p_.prologue, widen_fast(value), group_channel_ + at.c));
         }
         staged_[i].elements[e] = value;
       }
-      at.advance(1, p_.source.channels, w_.taps);
+      at.advance(1, p_.source.channels, h_, w_);
     }
-    walk_.advance(kDepth<T>, p_.source.channels, w_.taps);
+    walk_.advance(kDepth<T>, p_.source.channels, h_, w_);
   }
 
   const Correlation& p_;
   const Axis &h_, &w_;
   const int group_channel_;
-  TapWalk walk_;
+  SourceWalk walk_;
   int top_[kCount], left_[kCount];
   const T* base_[kCount];
   Pack<T, kPack> staged_[kLoad == Load::kAsync ? 1 : kCount];
@@ -188,28 +183,30 @@ class WeightRows {
 
  public:
   __device__ WeightRows(const void* weight, int64_t row_length, int first_row, int rows)
-      : base_(static_cast<const T*>(weight) + first_row * row_length),
-        length_(row_length),
-        rows_(rows - first_row) {}
+      : next_(static_cast<const T*>(weight) + (first_row + row(0)) * row_length + chunk() * kPack),
+        step_(kStep * row_length),
+        left_(static_cast<int>(row_length) - chunk() * kPack),
+        rows_(rows - first_row - row(0)) {}
 
   __device__ __forceinline__ void start(uint32_t tile) {
-    const int chunk = threadIdx.x % kChunks;
-    const int64_t at = position_ + chunk * kPack;
+    const int rows = left_ > 0 ? rows_ : 0;
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
-      const int row = threadIdx.x / kChunks + i * kStep;
-      const bool valid = row < rows_ && at < length_;
-      ptx::copy_async<16>(tile + ReductionRows<T>::offset(row, chunk),
-                          valid ? base_ + row * length_ + at : base_, valid ? 16 : 0);
+      ptx::copy_async<16>(tile + ReductionRows<T>::offset(row(i), chunk()), next_ + i * step_,
+                          i * kStep < rows ? 16 : 0);
     }
-    position_ += kDepth<T>;
+    next_ += kDepth<T>;
+    left_ -= kDepth<T>;
   }
 
  private:
-  const T* base_;
-  const int64_t length_;
-  const int rows_;
-  int64_t position_ = 0;
+  __device__ static int chunk() { return threadIdx.x % kChunks; }
+  __device__ static int row(int i) { return threadIdx.x / kChunks + i * kStep; }
+
+  const T* next_;
+  const int64_t step_;
+  int left_;        // elements of the rows from here on
+  const int rows_;  // from the thread's first on
 };
 
 }  // namespace cuda_cnn::cuda::conv2d

@@ -20,17 +20,20 @@ constexpr int64_t kMaxReduction = int64_t{1} << 30;
 constexpr int64_t kMaxGrid = 65535;        // in y and z
 constexpr int64_t kMaxStrides = 1024;      // every phase has weights of its own
 constexpr int64_t kMaxDepthwiseTaps = 64;  // they lie in shared memory
+// Zeros that rearranging may add, as a multiple of the real channels: a stem's 3 become 8 of 16 bits.
+constexpr int64_t kMaxPadding = 3;
 
 int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
-// Whether every position in and around the image, and every number of a pixel, fits into 32-bit arithmetic.
+// Whether every position in and around the image, every number of a pixel, and the elements of one fit into
+// 32-bit arithmetic.
 bool fits_int32(const Conv2dParams& p) {
   const auto reach = [](int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t pad,
                         int64_t dilation) {
     return in + out * stride + kernel * dilation + (pad < 0 ? -pad : pad);
   };
-  return p.N * p.H * p.W < kMaxPixels && p.N * p.P * p.Q < kMaxPixels &&
-         reach(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h) < kFarthest &&
+  return p.N * p.H * p.W < kMaxPixels && p.N * p.P * p.Q < kMaxPixels && p.x_pixel < kMaxPixels &&
+         p.y_pixel < kMaxPixels && reach(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h) < kFarthest &&
          reach(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w) < kFarthest;
 }
 
@@ -43,7 +46,9 @@ bool fits_product(Conv2dDirection direction, const Conv2dParams& p) {
 }
 
 bool is_depthwise(const Conv2dParams& p) {
-  return p.C > 0 && p.C == p.groups && p.K == p.groups && p.R * p.S <= kMaxDepthwiseTaps && fits_int32(p);
+  // A block takes 16 channels at least, the grid's y a stretch of them.
+  return p.C > 0 && p.C == p.groups && p.K == p.groups && p.R * p.S <= kMaxDepthwiseTaps && fits_int32(p) &&
+         p.C <= 16 * kMaxGrid;
 }
 
 Method choose_method(Conv2dDirection direction, const Conv2dParams& p) {
@@ -71,14 +76,17 @@ bool in_chunks(const void* data, int64_t pixel, int64_t group_channels, DType dt
   return is_aligned(data, pixel * bytes) && group_channels * bytes % 16 == 0;
 }
 
+bool has_prologue(const Conv2dParams& p) { return p.in_scale || p.in_shift || p.in_relu; }
+
 void choose_load(Plan& plan, Conv2dDirection direction, const Conv2dParams& p, int forced) {
   const bool x = in_chunks(p.x, p.x_pixel, p.C / p.groups, p.dtype);
   const bool dy = in_chunks(p.dy, p.y_pixel, p.K / p.groups, p.dtype);
   const bool chunks = direction == Conv2dDirection::kForward     ? x
                       : direction == Conv2dDirection::kInputGrad ? dy
                                                                  : x && dy;
-  const bool map = direction != Conv2dDirection::kInputGrad && (p.in_scale || p.in_shift || p.in_relu);
-  plan.load = !chunks ? Load::kScalar : map ? Load::kMapped : Load::kAsync;
+  const bool map = direction != Conv2dDirection::kInputGrad && has_prologue(p);
+  const bool vectors = is_aligned(p.in_scale) && is_aligned(p.in_shift);
+  plan.load = !chunks || (map && !vectors) ? Load::kScalar : map ? Load::kMapped : Load::kAsync;
   // Scalar loads take every operand, mapped ones every operand in chunks.
   if (forced == int(Load::kScalar) || (forced == int(Load::kMapped) && plan.load == Load::kAsync)) {
     plan.load = static_cast<Load>(forced);
@@ -86,6 +94,28 @@ void choose_load(Plan& plan, Conv2dDirection direction, const Conv2dParams& p, i
   // One instance for what is rare: float64, and a prologue in strict float32.
   if (p.dtype == DType::kFloat64 || (plan.load == Load::kMapped && !plan.tensor_cores))
     plan.load = Load::kScalar;
+}
+
+// Scalar loads gather every element for each tap; one pass that brings the channels into packs first (and
+// maps them, and takes the stride away) costs less, unless most of a pack were zeros.
+void choose_rearrangement(Plan& plan, Conv2dDirection direction, const Conv2dParams& p,
+                          const Forced& forced) {
+  const bool gradient = direction == Conv2dDirection::kWeightGrad;
+  const bool possible = direction != Conv2dDirection::kInputGrad && p.dtype != DType::kFloat64 &&
+                        !(gradient && !p.dweight) &&
+                        !(gradient && !in_chunks(p.dy, p.y_pixel, p.K / p.groups, p.dtype));
+  const bool useful = forced.load == -1 && !in_chunks(p.x, p.x_pixel, p.C / p.groups, p.dtype);
+  if (!possible || !(useful || forced.rearrange)) return;
+  const BlockAxis h = block_axis(p.P, p.R, p.stride_h, p.dilation_h);
+  const BlockAxis w = block_axis(p.Q, p.S, p.stride_w, p.dilation_w);
+  const int64_t bytes = element_size(p.dtype), real = int64_t{h.block} * w.block * (p.C / p.groups);
+  const int64_t channels = round_up(real, 16 / bytes), pixels = p.N * h.extent * w.extent;
+  const bool fits = pixels < kMaxPixels && pixels * channels * p.groups * bytes / 16 < kMaxPixels &&
+                    int64_t{h.taps} * w.taps * channels < kMaxReduction;
+  if (!fits || (channels > kMaxPadding * real && !forced.rearrange)) return;
+  plan.block_h = h, plan.block_w = w, plan.channels = static_cast<int>(channels);
+  plan.load = Load::kAsync;
+  plan.source_bytes = pixels * channels * p.groups * bytes;
 }
 
 // The largest tile (most products a byte of shared memory) that still gives every multiprocessor a block.
@@ -115,12 +145,18 @@ void force_tile(Plan& plan, const Forced& forced, bool weight_grad) {
   plan.tile_columns = forced.tile_columns;
 }
 
+// Terms of the sum over taps and channels; columns of the weight gradient.
+int64_t reduction_of(const Plan& plan, const Conv2dParams& p) {
+  return plan.rearranged() ? int64_t{plan.block_h.taps} * plan.block_w.taps * plan.channels
+                           : p.R * p.S * (p.C / p.groups);
+}
+
 void plan_weight(Plan& plan, Conv2dDirection direction, const Conv2dParams& p) {
   const int64_t bytes = element_size(p.dtype), pack = 16 / bytes;
   if (direction == Conv2dDirection::kForward) {
-    const int64_t row = p.R * p.S * (p.C / p.groups);
-    plan.weight_row = round_up(row, pack);
-    plan.pack_weight = row != plan.weight_row || !is_aligned(p.weight);
+    const int64_t row = p.R * p.S * (p.C / p.groups), rearranged = reduction_of(plan, p);
+    plan.weight_row = round_up(rearranged, pack);
+    plan.pack_weight = plan.rearranged() || row != plan.weight_row || !is_aligned(p.weight);
     plan.weight_phase = 0;
     plan.packed_bytes = plan.pack_weight ? p.K * plan.weight_row * bytes : 0;
   } else if (direction == Conv2dDirection::kInputGrad) {
@@ -144,14 +180,17 @@ void plan_depthwise_splits(Plan& plan, const Conv2dParams& p) {
 }
 
 void plan_splits(Plan& plan, const Conv2dParams& p) {
-  const int64_t columns = p.R * p.S * (p.C / p.groups), rows = p.K / p.groups;
+  const int64_t columns = reduction_of(plan, p), rows = p.K / p.groups;
   const int64_t blocks = ceil_div(rows, plan.tile_rows) * ceil_div(columns, plan.tile_columns) * p.groups;
   const int64_t tiles = ceil_div(p.N * p.P * p.Q, 64 / element_size(p.dtype));
   // A split should add at least 8 tiles, or its sums cost more than they save.
   const int64_t wanted = min64(min64(ceil_div(kSplitGrid, max64(blocks, 1)), kMaxSplits), tiles / 8);
   plan.splits = static_cast<int>(max64(wanted, 1));
   const int64_t sum_bytes = p.dtype == DType::kFloat64 ? 8 : 4;
-  plan.split_bytes = plan.splits > 1 ? round_up(plan.splits * p.K * columns * sum_bytes, 16) : 0;
+  // A rearranged gradient is not yet the weight's: add_splits brings it into order.
+  if (plan.splits > 1 || plan.rearranged()) {
+    plan.split_bytes = round_up(plan.splits * p.K * columns * sum_bytes, 16);
+  }
 }
 
 }  // namespace
@@ -168,6 +207,7 @@ Forced Forced::from_environment() {
     forced.load = !std::strcmp(load, "mapped")   ? int(Load::kMapped)
                   : !std::strcmp(load, "scalar") ? int(Load::kScalar)
                                                  : -1;
+    forced.rearrange = !std::strcmp(load, "rearranged");
   }
   return forced;
 }
@@ -180,10 +220,13 @@ Plan plan(Conv2dDirection direction, const Conv2dParams& p, const Forced& forced
   plan.splits = 1;
   const int64_t sum_bytes = p.dtype == DType::kFloat64 ? 8 : 4;
   // A column has two sums for every kSumPixels pixels, or rows of a warp's tile: 32 of them at least.
-  if (p.mean || p.dbias) plan.statistics_bytes = ceil_div(p.N * p.P * p.Q, 32) * p.K * 2 * sum_bytes;
+  if (p.mean || p.dbias) {
+    plan.statistics_bytes = round_up(ceil_div(p.N * p.P * p.Q, 32) * p.K * 2 * sum_bytes, 16);
+  }
   if (plan.method == Method::kDepthwise && weight_grad && p.dweight) plan_depthwise_splits(plan, p);
   if (plan.method != Method::kProduct) return plan;
   choose_load(plan, direction, p, forced.load);
+  choose_rearrangement(plan, direction, p, forced);
   const int64_t group_c = p.C / p.groups, group_k = p.K / p.groups;
   switch (direction) {
     case Conv2dDirection::kForward:
@@ -194,7 +237,7 @@ Plan plan(Conv2dDirection direction, const Conv2dParams& p, const Forced& forced
                   p.groups * p.stride_h * p.stride_w, false, p.dtype);
       break;
     case Conv2dDirection::kWeightGrad:
-      choose_tile(plan, group_k, p.R * p.S * group_c, p.groups, true, p.dtype);
+      choose_tile(plan, group_k, reduction_of(plan, p), p.groups, true, p.dtype);
       break;
   }
   force_tile(plan, forced, weight_grad);

@@ -21,10 +21,18 @@ struct Plan {
   bool pack_weight;
   int64_t weight_row, weight_phase;
   int splits;  // of a weight gradient's pixels
-  // Workspace, in bytes: packed weight, then sums of the splits, then statistics or column sums.
-  int64_t packed_bytes, split_bytes, statistics_bytes;
+  // The input in blocks of pixels, rearrange.cu: `channels` of each group, in whole packs; 0: as it is.
+  BlockAxis block_h, block_w;
+  int channels;
+  // Workspace, in bytes, each a multiple of 16: packed weight, sums of the splits, statistics or column sums,
+  // rearranged input.
+  int64_t packed_bytes, split_bytes, statistics_bytes, source_bytes;
 
-  int64_t workspace_bytes() const { return packed_bytes + split_bytes + statistics_bytes; }
+  bool rearranged() const { return channels > 0; }
+  int64_t split_offset() const { return packed_bytes; }
+  int64_t statistics_offset() const { return split_offset() + split_bytes; }
+  int64_t source_offset() const { return statistics_offset() + statistics_bytes; }
+  int64_t workspace_bytes() const { return source_offset() + source_bytes; }
 };
 
 // What the user wants, in place of what plan() would choose; 0 and -1 leave it to plan(). A tile that was not
@@ -32,8 +40,9 @@ struct Plan {
 struct Forced {
   int tile_rows = 0, tile_columns = 0;
   int load = -1;
+  bool rearrange = false;
 
-  // CUDA_CNN_CONV2D_TILE=128x128|128x64|64x64, CUDA_CNN_CONV2D_LOAD=async|mapped|scalar
+  // CUDA_CNN_CONV2D_TILE=128x128|128x64|64x64, CUDA_CNN_CONV2D_LOAD=async|mapped|scalar|rearranged
   static Forced from_environment();
 };
 

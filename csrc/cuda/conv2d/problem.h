@@ -58,10 +58,10 @@ struct WeightGradient {
   const void* dy;
   int64_t dy_pixel;
   Source x;
-  void* out;  // [split][group][row][column]: sums where splits > 1, else the gradient itself
+  void* out;  // [split][group][row][column]
+  bool sums;  // out holds sums in the accumulation type, to be added; else it is the gradient
   int images, groups, rows, columns, splits;
   Axis h, w;
-  FastDivide height, width;  // by h.count and w.count
   Prologue prologue;
 };
 

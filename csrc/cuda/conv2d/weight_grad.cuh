@@ -34,27 +34,28 @@ class GradColumns : ColumnChunks<T, kColumns> {
   static constexpr int kPack = Chunks::kPack;
 
  public:
-  __device__ GradColumns(const WeightGradient& p, int group, int first_column)
-      : dy_(static_cast<const T*>(p.dy)),
-        column_(group * p.rows + first_column + Chunks::chunk() * kPack),
+  // From first_pixel on, kDepth pixels a tile.
+  __device__ GradColumns(const WeightGradient& p, int group, int first_column, int first_pixel)
+      : next_(static_cast<const T*>(p.dy) + (first_pixel + Chunks::row(0)) * p.dy_pixel +
+              (group * p.rows + first_column + Chunks::chunk() * kPack)),
         pixel_(p.dy_pixel),
         count_(p.rows - first_column - Chunks::chunk() * kPack) {}
 
   __device__ __forceinline__ void start(uint32_t tile, int first_pixel, int end_pixel) {
+    const int pixels = count_ > 0 ? end_pixel - first_pixel - Chunks::row(0) : 0;
 #pragma unroll
     for (int i = 0; i < Chunks::kCount; ++i) {
-      const int pixel = first_pixel + Chunks::row(i);
-      const T* from = dy_ + pixel * pixel_ + column_;
-      const bool exists = pixel < end_pixel;
+      const T* from = next_ + i * Chunks::kStep * pixel_;
+      const bool exists = i * Chunks::kStep < pixels;
       if constexpr (kLoad != Load::kScalar) {
-        const bool valid = exists && count_ > 0;
-        ptx::copy_async<16>(tile + Chunks::offset(i), valid ? from : dy_, valid ? 16 : 0);
+        ptx::copy_async<16>(tile + Chunks::offset(i), from, exists ? 16 : 0);
       } else {
 #pragma unroll
         for (int e = 0; e < kPack; ++e)
           staged_[i].elements[e] = exists && e < count_ ? from[e] : zero_of<T>();
       }
     }
+    next_ += kDepth<T> * pixel_;
   }
 
   __device__ __forceinline__ void finish(uint32_t tile) {
@@ -65,8 +66,7 @@ class GradColumns : ColumnChunks<T, kColumns> {
   }
 
  private:
-  const T* dy_;
-  const int column_;
+  const T* next_;
   const int64_t pixel_;
   const int count_;
   Pack<T, kPack> staged_[kLoad == Load::kScalar ? Chunks::kCount : 1];
@@ -85,22 +85,32 @@ class TapColumns : ColumnChunks<T, kColumns> {
         x_(static_cast<const T*>(p.x.data)),
         walk_(TapWalk::at(first_column + Chunks::chunk() * kPack, p.x.channels, p.w.taps)),
         group_channel_(group * p.x.channels),
-        map_(p.prologue, kLoad == Load::kMapped && walk_.r < p.h.taps ? group_channel_ + walk_.c : 0) {}
+        top_(walk_.r < p.h.taps ? source_at(p.h, 0, walk_.r) : kOutside),
+        left_(source_at(p.w, 0, walk_.s)),
+        column_(x_ + group_channel_ + walk_.c),
+        // Scalar loads map for themselves, and a pack may be wider than the vectors.
+        map_(kLoad == Load::kMapped ? p.prologue : Prologue{},
+             walk_.r < p.h.taps ? group_channel_ + walk_.c : 0) {}
 
   __device__ __forceinline__ void start(uint32_t tile, int first_pixel, int end_pixel) {
 #pragma unroll
     for (int i = 0; i < Chunks::kCount; ++i) {
       const int pixel = first_pixel + Chunks::row(i);
-      const PixelIndex at = pixel_index(pixel, p_.height, p_.width);
-      if constexpr (kLoad == Load::kAsync) {
-        const T* from = source(at, walk_, pixel < end_pixel);
-        ptx::copy_async<16>(tile + Chunks::offset(i), from ? from : x_, from ? 16 : 0);
-      } else if constexpr (kLoad == Load::kMapped) {
-        const T* from = source(at, walk_, pixel < end_pixel);
-        inside_ = (inside_ & ~(1u << i)) | unsigned{from != nullptr} << i;
-        staged_[i] = from ? load_pack<kPack>(from) : Pack<T, kPack>{};
-      } else {
+      const PixelIndex at = pixel_index(pixel, p_.h.by_count, p_.w.by_count);
+      if constexpr (kLoad == Load::kScalar) {
         gather_elements(staged_[i], at, pixel < end_pixel);
+        continue;
+      }
+      const int y = top_ + at.i * p_.h.move, x = left_ + at.j * p_.w.move;
+      const bool valid = pixel < end_pixel && inside(y, p_.x.height) && inside(x, p_.x.width);
+      // Both are below 2^31 (plan.cu) where the pixel exists; elsewhere the number may wrap around.
+      const uint32_t number = (uint32_t(at.image) * p_.x.height + y) * p_.x.width + x;
+      const T* from = column_ + int64_t{static_cast<int>(number)} * static_cast<int>(p_.x.pixel);
+      if constexpr (kLoad == Load::kAsync) {
+        ptx::copy_async<16>(tile + Chunks::offset(i), from, valid ? 16 : 0);
+      } else if constexpr (kLoad == Load::kMapped) {
+        inside_ = (inside_ & ~(1u << i)) | unsigned{valid} << i;
+        staged_[i] = valid ? load_pack<kPack>(from) : Pack<T, kPack>{};
       }
     }
   }
@@ -143,6 +153,8 @@ class TapColumns : ColumnChunks<T, kColumns> {
   const T* x_;
   const TapWalk walk_;
   const int group_channel_;
+  const int top_, left_;  // of the thread's tap, for output pixel (0, 0)
+  const T* const column_;
   const ChannelMap<T> map_;  // of kMapped
   unsigned inside_ = 0;
   Pack<T, kPack> staged_[kLoad == Load::kAsync ? 1 : Chunks::kCount];
@@ -177,7 +189,7 @@ __device__ __forceinline__ void write_gradient(const Product& product, const Wei
           ptx::load_shared<A>(slab_address + (slab_row * Product::kSlabPitch + slab_column) * int(sizeof(A)));
       if (at_row >= p.rows || at_column >= columns) continue;
       const int64_t at = (int64_t{group} * p.rows + at_row) * columns + at_column;
-      if (p.splits > 1) {
+      if (p.sums) {
         static_cast<A*>(p.out)[blockIdx.y * weights + at] = sum;
       } else {
         static_cast<T*>(p.out)[at] = narrow_fast<T>(sum);
@@ -202,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_gradient(const __grid_cons
   const int pixels = p.images * p.h.count * p.w.count;
   const Range share = split_range((pixels + kDepth<T> - 1) / kDepth<T>, p.splits, blockIdx.y);
 
-  GradColumns<T, Product::kTileRows, kLoad> grad(p, group, first_row);
+  GradColumns<T, Product::kTileRows, kLoad> grad(p, group, first_row, share.begin * kDepth<T>);
   TapColumns<T, Product::kTileColumns, kLoad> taps(p, group, first_column);
   const uint32_t tiles_a = ptx::shared_address(shared.a), tiles_b = ptx::shared_address(shared.b);
   const auto stage_a = [&](int tile) { return tiles_a + tile % kStages * int(sizeof(shared.a[0])); };
