@@ -39,3 +39,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
             yield torch.device("cpu")
     except Unavailable as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Maps of a few pixels: waiting for a second thread takes longer than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

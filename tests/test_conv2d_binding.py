@@ -189,3 +189,17 @@ def test_bad_input(call, error, text):
 
 def test_meta_tensors_have_shapes():
     assert F.conv2d(X.to("meta"), W.to("meta"), padding=1).shape == (2, 8, 6, 6)
+
+
+@pytest.mark.parametrize(
+    "x_shape, weight_shape", [((2, 0, 5, 5), (3, 0, 3, 3)), ((2, 4, 0, 3), (3, 4, 3, 3))]
+)
+def test_a_sum_over_nothing_is_zero(x_shape, weight_shape):
+    """Without channels, or with padding alone; torch has no output channels for the one, and refuses the other."""
+    x, weight = torch.ones(x_shape, requires_grad=True), torch.ones(weight_shape, requires_grad=True)
+    bias = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    y = F.conv2d(x, weight, bias, padding=2)
+    assert_bitwise(y, bias[:, None, None].expand(y.shape))
+    dx, dweight, dbias = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert dx.shape == x.shape and dweight.shape == weight.shape and not dweight.any()
+    assert dbias.tolist() == [y.numel() / 3] * 3

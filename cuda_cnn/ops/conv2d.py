@@ -44,10 +44,12 @@ def conv2d(
 
     Returns:
         (N, K, P, Q) with P = ⌊(H + 2·padding − dilation·(R − 1) − 1) / stride⌋ + 1, Q alike; channels_last if
-        the input or the weight is. Under autocast the result has the autocast dtype.
+        the input or the weight is. Under autocast the result has the autocast dtype. A sum over nothing (no
+        channels, or no pixel but padding) is 0.
 
     Raises:
-        RuntimeError: shapes that do not fit, another dtype, mixed dtypes or devices, a sparse tensor.
+        RuntimeError: shapes that do not fit, another dtype (whole and complex numbers, too), mixed dtypes or
+            devices, a sparse tensor.
         TypeError: a stride, padding, dilation or groups that is no whole number.
 
     LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, 1998, §II.A.
