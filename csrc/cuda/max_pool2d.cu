@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // dx[cell] = sum of dy over the windows whose tap is the cell.
 template <class T, int kPack, class Index>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads,
+                                  sizeof(Index) == 8 ? 2 : 3)  // 64-bit numbers take twice the registers
     pool_backward(const __grid_constant__ Problem<Index> p, const T* __restrict__ dy, T* __restrict__ dx,
                   const void* __restrict__ taps) {
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
