@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["batch_norm", "concat", "conv2d", "local_response_norm", "max_pool2d", "subsample"]
+__all__ = ["batch_norm", "concat", "conv2d", "conv2d_fused", "local_response_norm", "max_pool2d", "subsample"]
 
 
 def local_response_norm(
@@ -48,6 +48,29 @@ def conv2d(
             y = y + torch.einsum("ngcpq,gkc->ngkpq", x[..., rows, columns], weight[..., r, s])
     y = y.flatten(1, 2)
     return y if bias is None else y + bias[:, None, None]
+
+
+def conv2d_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    in_relu: bool = False,
+    residual: Tensor | None = None,
+    out_relu: bool = False,
+    *geometry: int | tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, var): x̂ = relu(s_c · x + t_c), y = relu(w ⋆ x̂ + b + residual), and y's statistics."""
+    if in_scale is not None:
+        x = x * in_scale[:, None, None] + in_shift[:, None, None]
+    y = conv2d(x.relu() if in_relu else x, weight, bias, *geometry)
+    if residual is not None:
+        y = y + residual
+    if out_relu:
+        y = y.relu()
+    mean = y.mean((0, 2, 3))
+    return y, mean, (y - mean[:, None, None]).square().mean((0, 2, 3))
 
 
 def _pair(value: int | Sequence[int]) -> Sequence[int]:

@@ -12,6 +12,7 @@ from cuda_cnn.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
+FUSE = (ROOT / "docs/fuse.md").read_text(encoding="utf-8") if (ROOT / "docs/fuse.md").exists() else ""
 
 
 @pytest.mark.parametrize("number", range(TEXT.count("```python")))
@@ -33,5 +34,7 @@ def test_commands_exist():
 
 def test_operators_are_all_listed():
     rows = re.findall(r"^\| `(\w+)`.* \| `(\w+)` \| ", TEXT, re.MULTILINE)
-    assert {f for f, _ in rows} >= set(functional.__all__) - {"cat", "write_channels_"}
+    fused = {"channel_map", "channel_statistics", "conv2d_fused"}  # no layer of their own
+    assert all(f"`{name}`" in FUSE or f".{name}(" in FUSE for name in fused)
+    assert {f for f, _ in rows} >= set(functional.__all__) - {"cat", "write_channels_"} - fused
     assert all(hasattr(functional, f) and hasattr(nn, m) for f, m in rows)

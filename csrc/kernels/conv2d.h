@@ -121,6 +121,7 @@ int64_t conv2d_workspace_bytes(Conv2dDirection direction, const Conv2dParams& pa
 void conv2d_forward(const Conv2dParams& params, Stream stream);      // x, weight, bias, … -> y
 void conv2d_input_grad(const Conv2dParams& params, Stream stream);   // dy, weight -> dx
 void conv2d_weight_grad(const Conv2dParams& params, Stream stream);  // x, dy -> dweight, dbias
+void conv2d_statistics(const Conv2dParams& params, Stream stream);   // y -> mean, variance
 }  // namespace cuda
 
 }  // namespace cuda_cnn
@@ -128,6 +129,7 @@ void conv2d_weight_grad(const Conv2dParams& params, Stream stream);  // x, dy ->
 CUDA_CNN_CPU_KERNEL(conv2d_forward, Conv2dParams)
 CUDA_CNN_CPU_KERNEL(conv2d_input_grad, Conv2dParams)
 CUDA_CNN_CPU_KERNEL(conv2d_weight_grad, Conv2dParams)
+CUDA_CNN_CPU_KERNEL(conv2d_statistics, Conv2dParams)
 CUDA_CNN_CPU_KERNEL(conv2d_transpose, Conv2dTransposeParams)
 
 namespace cuda_cnn::cpu {

@@ -1,4 +1,4 @@
-#include "kernels/conv2d.h"
+#include "ops/conv2d.h"
 
 #include "ops/dispatch.h"
 #include "ops/layout.h"
@@ -7,11 +7,6 @@ namespace cuda_cnn::ops {
 namespace {
 
 constexpr const char* kOp = "conv2d";
-
-struct Geometry {
-  at::IntArrayRef stride, padding, dilation;
-  int64_t groups;
-};
 
 std::atomic<int>& forced_algorithm() {
   static std::atomic<int> algorithm{static_cast<int>(Conv2dAlgorithm::kAuto)};
@@ -22,38 +17,50 @@ std::atomic<bool>& winograd_allowed() {
   return allowed;
 }
 
+// A contiguous CPU tensor's values in the other of NCHW and NHWC; elsewhere false, and torch copies.
+bool transpose_layout(const at::Tensor& from, const at::Tensor& to, int64_t rows, int64_t columns) {
+#if !defined(CUDA_CNN_EMULATED)
+  if (!from.is_cuda()) {
+    cpu::conv2d_transpose({dtype_of(from), from.size(0), rows, columns, data(from), mutable_data(to)});
+    return true;
+  }
+#endif
+  return false;
+}
+
+}  // namespace
+
 void check_geometry(const Geometry& g) {
   for (int axis = 0; axis < 2; ++axis) {
-    TORCH_CHECK(g.stride[axis] > 0, kOp, ": expected stride > 0, got ", g.stride);
-    TORCH_CHECK(g.padding[axis] >= 0, kOp, ": expected padding >= 0, got ", g.padding);
-    TORCH_CHECK(g.dilation[axis] > 0, kOp, ": expected dilation > 0, got ", g.dilation);
+    TORCH_CHECK(g.stride[axis] > 0, g.op, ": expected stride > 0, got ", g.stride);
+    TORCH_CHECK(g.padding[axis] >= 0, g.op, ": expected padding >= 0, got ", g.padding);
+    TORCH_CHECK(g.dilation[axis] > 0, g.op, ": expected dilation > 0, got ", g.dilation);
     // Far beyond any image, and small enough that no index below can overflow.
-    TORCH_CHECK(std::max({g.stride[axis], g.padding[axis], g.dilation[axis]}) < (int64_t{1} << 31), kOp,
+    TORCH_CHECK(std::max({g.stride[axis], g.padding[axis], g.dilation[axis]}) < (int64_t{1} << 31), g.op,
                 ": expected stride, padding and dilation below 2^31, got ", g.stride, ", ", g.padding, ", ",
                 g.dilation);
   }
-  TORCH_CHECK(g.groups > 0, kOp, ": expected groups > 0, got ", g.groups);
+  TORCH_CHECK(g.groups > 0, g.op, ": expected groups > 0, got ", g.groups);
 }
 
 void check_shapes(at::IntArrayRef x, at::IntArrayRef weight, const Geometry& g) {
-  TORCH_CHECK(weight[2] > 0 && weight[3] > 0, kOp,
+  TORCH_CHECK(weight[2] > 0 && weight[3] > 0, g.op,
               ": expected a kernel of at least 1 x 1, got weight of shape ", weight);
-  TORCH_CHECK(weight[2] < (int64_t{1} << 31) && weight[3] < (int64_t{1} << 31), kOp,
+  TORCH_CHECK(weight[2] < (int64_t{1} << 31) && weight[3] < (int64_t{1} << 31), g.op,
               ": expected a kernel below 2^31, got weight of shape ", weight);
-  TORCH_CHECK(weight[0] >= g.groups && weight[0] % g.groups == 0, kOp, ": expected output channels in ",
+  TORCH_CHECK(weight[0] >= g.groups && weight[0] % g.groups == 0, g.op, ": expected output channels in ",
               g.groups, " groups of equal size, got weight of shape ", weight);
-  TORCH_CHECK(x[1] == weight[1] * g.groups, kOp, ": expected input of ", weight[1] * g.groups,
+  TORCH_CHECK(x[1] == weight[1] * g.groups, g.op, ": expected input of ", weight[1] * g.groups,
               " channels (weight of shape ", weight, ", ", g.groups, " groups), got ", x[1], " (shape ", x,
               ")");
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t room = x[2 + axis] + 2 * g.padding[axis],
                   reach = g.dilation[axis] * (weight[2 + axis] - 1) + 1;
-    TORCH_CHECK(room >= reach, kOp, ": expected a kernel no larger than the padded input, got ", reach,
+    TORCH_CHECK(room >= reach, g.op, ": expected a kernel no larger than the padded input, got ", reach,
                 " against ", room, " (input of shape ", x, ", weight of shape ", weight, ")");
   }
 }
 
-// The sizes of a convolution and where its tensors lie, but for the pointers.
 Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayRef weight,
                          const Geometry& g) {
   Conv2dParams p{};
@@ -74,17 +81,6 @@ Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayR
   return p;
 }
 
-// A contiguous CPU tensor's values in the other of NCHW and NHWC; elsewhere false, and torch copies.
-bool transpose_layout(const at::Tensor& from, const at::Tensor& to, int64_t rows, int64_t columns) {
-#if !defined(CUDA_CNN_EMULATED)
-  if (!from.is_cuda()) {
-    cpu::conv2d_transpose({dtype_of(from), from.size(0), rows, columns, data(from), mutable_data(to)});
-    return true;
-  }
-#endif
-  return false;
-}
-
 at::Tensor dense_nhwc(const at::Tensor& t) {
   if (t.is_contiguous(at::MemoryFormat::ChannelsLast)) return t;
   if (!t.is_contiguous()) return t.contiguous(at::MemoryFormat::ChannelsLast);
@@ -93,7 +89,6 @@ at::Tensor dense_nhwc(const at::Tensor& t) {
   return out;
 }
 
-// The tensor as the kernels want it: channels contiguous. A slice of channels stays where it is.
 at::Tensor to_nhwc(const at::Tensor& t, int64_t* pixel) {
   *pixel = t.size(1);
   const auto s = t.strides();
@@ -105,7 +100,6 @@ at::Tensor to_nhwc(const at::Tensor& t, int64_t* pixel) {
   return dense_nhwc(t);
 }
 
-// What a kernel writes, NHWC in memory; with one channel, one pixel or nothing in it, contiguous is that too.
 at::Tensor empty_nhwc(at::IntArrayRef size, const at::TensorOptions& options, bool channels_last) {
   const bool both = size[0] * size[1] == 0 || size[1] == 1 || size[2] * size[3] <= 1;
   return at::empty(size, options.memory_format(channels_last || !both ? at::MemoryFormat::ChannelsLast
@@ -129,6 +123,8 @@ at::Tensor attach_workspace(Conv2dDirection direction, Conv2dParams& p, const at
 #else
 at::Tensor attach_workspace(Conv2dDirection, Conv2dParams&, const at::Tensor&) { return {}; }
 #endif
+
+namespace {
 
 at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {

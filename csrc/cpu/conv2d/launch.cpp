@@ -82,4 +82,8 @@ void conv2d_weight_grad(const Conv2dParams& unflattened) {
   });
 }
 
+void conv2d_statistics(const Conv2dParams& params) {
+  dispatch_dtype(params.dtype, [&](auto type) { output_statistics<decltype(type)>(params); });
+}
+
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -157,4 +157,9 @@ void conv2d_weight_grad(const Conv2dParams& p, Stream stream) {
   }
 }
 
+void conv2d_statistics(const Conv2dParams& p, Stream stream) {
+  const Plan plan = plan_of(Conv2dDirection::kWeightGrad, p);
+  output_statistics(p, workspace(p, plan.split_bytes), stream);
+}
+
 }  // namespace cuda_cnn::cuda

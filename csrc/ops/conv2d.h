@@ -1,0 +1,36 @@
+// What the operators of convolution share: checks, sizes, layouts.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "kernels/conv2d.h"
+
+namespace cuda_cnn::ops {
+
+struct Geometry {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+  const char* op = "conv2d";  // for messages
+};
+
+void check_geometry(const Geometry& geometry);
+void check_shapes(at::IntArrayRef x, at::IntArrayRef weight, const Geometry& geometry);
+
+// The sizes of a convolution and where its tensors lie, but for the pointers.
+Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayRef weight,
+                         const Geometry& geometry);
+
+// CUDA: the kernels' scratch memory; to be kept until the launch.
+at::Tensor attach_workspace(Conv2dDirection direction, Conv2dParams& params, const at::Tensor& any);
+
+at::Tensor dense_nhwc(const at::Tensor& tensor);
+
+// The tensor as the kernels want it: channels contiguous. A slice of channels stays where it is.
+at::Tensor to_nhwc(const at::Tensor& tensor, int64_t* pixel);
+
+// What a kernel writes, NHWC in memory; with one channel, one pixel or nothing in it, contiguous is that too.
+at::Tensor empty_nhwc(at::IntArrayRef size, const at::TensorOptions& options, bool channels_last);
+
+at::Tensor in_format(const at::Tensor& nhwc, bool channels_last);
+
+}  // namespace cuda_cnn::ops

@@ -1,0 +1,377 @@
+#include "kernels/conv2d_fused.h"
+
+#include "ops/conv2d.h"
+#include "ops/dispatch.h"
+#include "ops/layout.h"
+
+namespace cuda_cnn::ops {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+constexpr const char* kOp = "conv2d_fused";
+constexpr const char* kMap = "channel_map";
+
+at::ScalarType accumulator_of(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+at::TensorOptions vector_options(const at::Tensor& x) {
+  return x.options().dtype(accumulator_of(x)).memory_format(at::MemoryFormat::Contiguous);
+}
+
+// A vector with a value a channel, in the dtype that kernels compute x in.
+void check_vector(const char* op, const char* name, const OptionalTensor& values, const at::Tensor& x,
+                  int64_t channels) {
+  if (!values) return;
+  TORCH_CHECK(values->layout() == at::kStrided && values->device() == x.device(), op, ": expected ", name,
+              " to be a dense tensor on ", x.device(), " like input, got one on ", values->device());
+  TORCH_CHECK(values->scalar_type() == accumulator_of(x), op, ": expected ", name, " of dtype ",
+              accumulator_of(x), " beside input of ", x.scalar_type(), ", got ", values->scalar_type());
+  TORCH_CHECK(values->dim() == 1 && values->size(0) == channels, op, ": expected ", name, " of shape [",
+              channels, "], got ", values->sizes());
+}
+
+at::Tensor dense_vector(const OptionalTensor& values) { return values ? values->contiguous() : at::Tensor(); }
+const void* data_or_null(const at::Tensor& tensor) { return tensor.defined() ? data(tensor) : nullptr; }
+
+void check_prologue(const OptionalTensor& in_scale, const OptionalTensor& in_shift, const at::Tensor& x) {
+  check_vector(kOp, "in_scale", in_scale, x, x.size(1));
+  check_vector(kOp, "in_shift", in_shift, x, x.size(1));
+  TORCH_CHECK(in_scale.has_value() == in_shift.has_value(), kOp,
+              ": expected in_scale and in_shift, or neither of them, got only ",
+              in_scale ? "in_scale" : "in_shift");
+}
+
+int64_t pixels_of(const at::Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
+
+PixelRowsView view_of(const at::Tensor& nhwc, int64_t pixel) {
+  return {nhwc.defined() ? data(nhwc) : nullptr, pixel};
+}
+
+// The tensor as kernels want it; an undefined one stays that.
+at::Tensor rows_of(const OptionalTensor& tensor, int64_t* pixel) {
+  return tensor ? to_nhwc(*tensor, pixel) : at::Tensor();
+}
+
+// ---- The convolution
+// ---------------------------------------------------------------------------------------
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> conv2d_fused(
+    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& in_scale,
+    const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& residual, bool out_relu,
+    bool want_stats, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    int64_t groups) {
+  const Geometry geometry{stride, padding, dilation, groups, kOp};
+  check_tensor(kOp, "input", x);
+  check_dim(kOp, "input", x, 4);
+  check_like(kOp, "weight", weight, x);
+  check_dim(kOp, "weight", weight, 4);
+  check_geometry(geometry);
+  check_shapes(x.sizes(), weight.sizes(), geometry);
+  if (bias) {
+    check_like(kOp, "bias", *bias, x);
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp, ": expected bias of shape [",
+                weight.size(0), "], got ", bias->sizes());
+  }
+  check_prologue(in_scale, in_shift, x);
+  Conv2dParams p = make_params(x, x.sizes(), weight.sizes(), geometry);
+  at::Tensor y = empty_nhwc({p.N, p.K, p.P, p.Q}, x.options(), true);
+  if (residual) {
+    check_like(kOp, "residual", *residual, x);
+    check_same_shape(kOp, "residual", *residual, y);
+  }
+  at::Tensor mean = at::empty({want_stats ? p.K : 0}, vector_options(x)), variance = at::empty_like(mean);
+  if (y.numel() == 0) return {y, mean.zero_(), variance.zero_()};
+
+  const at::Tensor input = to_nhwc(x, &p.x_pixel), filter = dense_nhwc(weight);
+  const at::Tensor added = rows_of(residual, &p.residual_pixel);
+  const at::Tensor biases = dense_vector(bias), scale = dense_vector(in_scale),
+                   shift = dense_vector(in_shift);
+  p.x = data(input);
+  p.weight = data(filter);
+  p.bias = data_or_null(biases);
+  p.in_scale = data_or_null(scale);
+  p.in_shift = data_or_null(shift);
+  p.in_relu = in_relu;
+  p.residual = data_or_null(added);
+  p.relu = out_relu;
+  p.y = mutable_data(y);
+  if (want_stats) p.mean = mutable_data(mean), p.variance = mutable_data(variance);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kForward, p, x);
+  CUDA_CNN_LAUNCH(kOp, x, conv2d_forward, p);
+  return {y, mean, variance};
+}
+
+// The gradient that reaches y before its ReLU: dy, what the statistics add to it, and the mask.
+//   dy + dmean/M + 2*dvar/M * (y - mean)
+at::Tensor effective_gradient(const at::Tensor& dy, const OptionalTensor& dmean, const OptionalTensor& dvar,
+                              const OptionalTensor& y, const OptionalTensor& mean, bool out_relu) {
+  if (!dmean && !dvar && !out_relu) return dy;
+  TORCH_CHECK(y, kOp, ": expected output, which the ReLU and the statistics need, got none");
+  check_like(kOp, "output", *y, dy);
+  check_same_shape(kOp, "output", *y, dy);
+  int64_t dy_pixel = 0, y_pixel = 0;
+  const at::Tensor grad = to_nhwc(dy, &dy_pixel), output = to_nhwc(*y, &y_pixel);
+  at::Tensor result = empty_nhwc(dy.sizes(), dy.options(), true);
+  const DType dtype = dtype_of(dy);
+  if (!dmean && !dvar) {
+    ChannelMapGradParams p{dtype, pixels_of(dy), dy.size(1), view_of(grad, dy_pixel)};
+    p.z = view_of(output, y_pixel);
+    p.relu = true;
+    p.dresidual = mutable_data(result);
+    CUDA_CNN_LAUNCH(kOp, dy, channel_map_grad, p);
+    return result;
+  }
+  TORCH_CHECK(mean, kOp, ": expected mean beside the statistics' gradients, got none");
+  const double count = static_cast<double>(pixels_of(dy));
+  const at::Tensor scale = dvar ? *dvar * (2 / count) : at::zeros_like(*mean);
+  const at::Tensor shift = dmean ? *dmean / count - *mean * scale : -*mean * scale;
+  for (const at::Tensor& values : {scale, shift}) check_vector(kOp, "mean", values, dy, dy.size(1));
+  const MapEnd end = out_relu ? MapEnd::kWhereXIsPositive : MapEnd::kNone;
+  const ChannelMapParams p{
+      dtype,       pixels_of(dy), dy.size(1), view_of(output, y_pixel), view_of(grad, dy_pixel),
+      data(scale), data(shift),   end,        mutable_data(result),     dy.size(1)};
+  CUDA_CNN_LAUNCH(kOp, dy, channel_map, p);
+  return result;
+}
+
+at::Tensor fused_weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                 const at::Tensor& scale, const at::Tensor& shift, bool in_relu,
+                                 const Geometry& geometry) {
+  Conv2dParams p = make_params(dy, x.sizes(), weight.sizes(), geometry);
+  at::Tensor dweight = empty_nhwc(weight.sizes(), dy.options(), true);
+  if (dweight.numel() == 0) return dweight;
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), input = to_nhwc(x, &p.x_pixel);
+  p.dy = data(grad);
+  p.x = data(input);
+  p.in_scale = data_or_null(scale);
+  p.in_shift = data_or_null(shift);
+  p.in_relu = in_relu;
+  p.dweight = mutable_data(dweight);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
+  CUDA_CNN_LAUNCH(kOp, dy, conv2d_weight_grad, p);
+  return in_format(dweight, is_channels_last(format_of(weight)));
+}
+
+at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                          const Geometry& geometry) {
+  Conv2dParams p = make_params(dy, x.sizes(), weight.sizes(), geometry);
+  at::Tensor dx = empty_nhwc(x.sizes(), dy.options(), true);
+  if (dx.numel() == 0) return dx;
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), filter = dense_nhwc(weight);
+  p.dy = data(grad);
+  p.weight = data(filter);
+  p.dx = mutable_data(dx);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kInputGrad, p, dy);
+  CUDA_CNN_LAUNCH(kOp, dy, conv2d_input_grad, p);
+  return dx;
+}
+
+at::Tensor map_grad_workspace([[maybe_unused]] ChannelMapGradParams& p, const at::Tensor& any) {
+  at::Tensor workspace;
+#if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
+  workspace = at::empty({cuda::channel_map_grad_workspace_bytes(p)}, any.options().dtype(at::kByte));
+  p.workspace = mutable_data(workspace);
+#endif
+  return workspace;
+}
+
+// In place: the gradient of what the convolution read becomes that of x; returns (sum of g*x, sum of g).
+std::tuple<at::Tensor, at::Tensor> through_prologue(at::Tensor& dx, const at::Tensor& x,
+                                                    const at::Tensor& scale, const at::Tensor& shift,
+                                                    bool in_relu) {
+  at::Tensor sum_g = at::empty({x.size(1)}, vector_options(x)), sum_gx = at::empty_like(sum_g);
+  int64_t x_pixel = 0;
+  const at::Tensor input = to_nhwc(x, &x_pixel);
+  ChannelMapGradParams p{dtype_of(x), pixels_of(x), x.size(1), view_of(dx, x.size(1)),
+                         view_of(input, x_pixel)};
+  p.scale = data_or_null(scale);
+  p.shift = data_or_null(shift);
+  p.relu = in_relu;
+  p.dx = mutable_data(dx);
+  p.sum_g = mutable_data(sum_g);
+  p.sum_gx = mutable_data(sum_gx);
+  const at::Tensor workspace = map_grad_workspace(p, x);
+  CUDA_CNN_LAUNCH(kOp, x, channel_map_grad, p);
+  return {sum_gx, sum_g};
+}
+
+at::Tensor bias_gradient(const at::Tensor& dy) {
+  at::Tensor dbias = at::empty({dy.size(1)}, dy.options().memory_format(at::MemoryFormat::Contiguous));
+  const int64_t one[] = {1, 1}, none[] = {0, 0};
+  Conv2dParams p = make_params(dy, dy.sizes(), {dy.size(1), dy.size(1), 1, 1}, {one, none, one, 1, kOp});
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel);
+  p.dy = data(grad);
+  p.dbias = mutable_data(dbias);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
+  if (dbias.numel() > 0) CUDA_CNN_LAUNCH(kOp, dy, conv2d_weight_grad, p);
+  return dbias;
+}
+
+// wants: x, weight, bias, in_scale and in_shift, residual. What is not wanted has no elements.
+using SixTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+SixTensors conv2d_fused_backward(const at::Tensor& dy, const OptionalTensor& dmean,
+                                 const OptionalTensor& dvar, const at::Tensor& x, const at::Tensor& weight,
+                                 const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
+                                 const OptionalTensor& y, const OptionalTensor& mean, bool out_relu,
+                                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                 int64_t groups, std::array<bool, 5> wants) {
+  const Geometry geometry{stride, padding, dilation, groups, kOp};
+  check_tensor(kOp, "grad_output", dy);
+  check_dim(kOp, "grad_output", dy, 4);
+  check_like(kOp, "input", x, dy);
+  check_dim(kOp, "input", x, 4);
+  check_like(kOp, "weight", weight, dy);
+  check_dim(kOp, "weight", weight, 4);
+  check_geometry(geometry);
+  check_shapes(x.sizes(), weight.sizes(), geometry);
+  check_prologue(in_scale, in_shift, x);
+  check_vector(kOp, "grad_mean", dmean, dy, dy.size(1));
+  check_vector(kOp, "grad_var", dvar, dy, dy.size(1));
+  const Conv2dParams p = make_params(dy, x.sizes(), weight.sizes(), geometry);
+  const int64_t expected[] = {p.N, p.K, p.P, p.Q};
+  TORCH_CHECK(dy.sizes() == at::IntArrayRef(expected), kOp, ": expected grad_output of shape ",
+              at::IntArrayRef(expected), ", got ", dy.sizes());
+
+  const at::TensorOptions options = dy.options().memory_format(at::MemoryFormat::Contiguous);
+  const at::Tensor none = at::empty({0}, options);
+  const at::Tensor scale = dense_vector(in_scale), shift = dense_vector(in_shift);
+  int64_t pixel = 0;
+  const at::Tensor effective = effective_gradient(dy, dmean, dvar, y, mean, out_relu);
+  const at::Tensor g = to_nhwc(effective, &pixel);  // once for all
+  at::Tensor dx = none, dweight = none, dbias = none;
+  at::Tensor dscale = at::empty({0}, vector_options(x)), dshift = at::empty({0}, vector_options(x));
+  if (wants[1]) dweight = fused_weight_gradient(g, x, weight, scale, shift, in_relu, geometry);
+  if (wants[2]) dbias = bias_gradient(g);
+  if (wants[0] || wants[3]) {
+    dx = input_gradient(g, x, weight, geometry);
+    if (scale.defined() || in_relu) std::tie(dscale, dshift) = through_prologue(dx, x, scale, shift, in_relu);
+  }
+  // A result may not be an argument: where y's gradient passes unchanged, the caller has it in hand.
+  return {dx,     dweight, dbias,
+          dscale, dshift,  wants[4] && !effective.is_same(dy) ? g : at::empty({0}, options)};
+}
+
+// ---- Passes over maps
+// --------------------------------------------------------------------------------------
+
+void check_map(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift) {
+  check_tensor(kMap, "input", x);
+  check_dim(kMap, "input", x, 4);
+  check_vector(kMap, "scale", scale, x, x.size(1));
+  check_vector(kMap, "shift", shift, x, x.size(1));
+}
+
+void map_into(at::Tensor& z, int64_t z_pixel, const at::Tensor& x, const at::Tensor& scale,
+              const at::Tensor& shift, const OptionalTensor& residual, bool relu) {
+  if (residual) {
+    check_like(kMap, "residual", *residual, x);
+    check_same_shape(kMap, "residual", *residual, x);
+  }
+  if (x.numel() == 0) return;
+  int64_t x_pixel = 0, residual_pixel = 0;
+  const at::Tensor input = to_nhwc(x, &x_pixel), added = rows_of(residual, &residual_pixel);
+  const at::Tensor scales = scale.contiguous(), shifts = shift.contiguous();
+  const ChannelMapParams p{dtype_of(x),
+                           pixels_of(x),
+                           x.size(1),
+                           view_of(input, x_pixel),
+                           view_of(added, residual_pixel),
+                           data(scales),
+                           data(shifts),
+                           relu ? MapEnd::kRelu : MapEnd::kNone,
+                           mutable_data(z),
+                           z_pixel};
+  CUDA_CNN_LAUNCH(kMap, x, channel_map, p);
+}
+
+at::Tensor channel_map(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift,
+                       const OptionalTensor& residual, bool relu) {
+  check_map(x, scale, shift);
+  at::Tensor z = empty_nhwc(x.sizes(), x.options(), true);
+  map_into(z, x.size(1), x, scale, shift, residual, relu);
+  return z;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_map_backward(
+    const at::Tensor& dz, const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift,
+    const OptionalTensor& z, bool relu, std::array<bool, 2> wants) {
+  check_map(x, scale, shift);
+  check_like(kMap, "grad_output", dz, x);
+  check_same_shape(kMap, "grad_output", dz, x);
+  if (z) {
+    check_like(kMap, "output", *z, x);
+    check_same_shape(kMap, "output", *z, x);
+  }
+  const auto wanted = [&](bool want) {
+    return want ? empty_nhwc(x.sizes(), x.options(), true)
+                : at::empty({0}, x.options().memory_format(at::MemoryFormat::Contiguous));
+  };
+  at::Tensor dx = wanted(wants[0]), dresidual = wanted(wants[1]);
+  at::Tensor sum_g = at::empty({x.size(1)}, vector_options(x)), sum_gx = at::empty_like(sum_g);
+  if (x.numel() == 0) return {dx, sum_gx.zero_(), sum_g.zero_(), dresidual};
+  int64_t dz_pixel = 0, x_pixel = 0, z_pixel = 0;
+  const at::Tensor grad = to_nhwc(dz, &dz_pixel), input = to_nhwc(x, &x_pixel), output = rows_of(z, &z_pixel);
+  const at::Tensor scales = scale.contiguous(), shifts = shift.contiguous();
+  ChannelMapGradParams p{dtype_of(x), pixels_of(x), x.size(1), view_of(grad, dz_pixel),
+                         view_of(input, x_pixel)};
+  p.z = view_of(output, z_pixel);
+  p.scale = data(scales);
+  p.shift = data(shifts);
+  p.relu = relu;
+  p.dx = wants[0] ? mutable_data(dx) : nullptr;
+  p.dresidual = wants[1] ? mutable_data(dresidual) : nullptr;
+  p.sum_g = mutable_data(sum_g);
+  p.sum_gx = mutable_data(sum_gx);
+  const at::Tensor workspace = map_grad_workspace(p, x);
+  CUDA_CNN_LAUNCH(kMap, x, channel_map_grad, p);
+  return {dx, sum_gx, sum_g, dresidual};
+}
+
+std::tuple<at::Tensor, at::Tensor> channel_statistics(const at::Tensor& x) {
+  constexpr const char* kName = "channel_statistics";
+  check_tensor(kName, "input", x);
+  check_dim(kName, "input", x, 4);
+  at::Tensor mean = at::empty({x.size(1)}, vector_options(x)), variance = at::empty_like(mean);
+  if (x.numel() == 0) return {mean.zero_(), variance.zero_()};
+  const int64_t one[] = {1, 1}, none[] = {0, 0};
+  Conv2dParams p = make_params(x, x.sizes(), {x.size(1), x.size(1), 1, 1}, {one, none, one, 1, kName});
+  const at::Tensor input = to_nhwc(x, &p.y_pixel);
+  p.y = const_cast<void*>(data(input));  // of this launcher an argument
+  p.mean = mutable_data(mean);
+  p.variance = mutable_data(variance);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, x);
+  CUDA_CNN_LAUNCH(kName, x, conv2d_statistics, p);
+  return {mean, variance};
+}
+
+}  // namespace
+
+#define CUDA_CNN_GEOMETRY "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+
+TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
+  define(
+      library,
+      "conv2d_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? in_scale, Tensor? in_shift, bool in_relu, "
+      "Tensor? residual, bool out_relu, bool want_stats, " CUDA_CNN_GEOMETRY
+      ") -> (Tensor y, Tensor mean, Tensor var)",
+      &conv2d_fused);
+  define(library,
+         "conv2d_fused_backward(Tensor dy, Tensor? dmean, Tensor? dvar, Tensor x, Tensor weight, "
+         "Tensor? in_scale, Tensor? in_shift, bool in_relu, Tensor? y, Tensor? mean, bool "
+         "out_relu, " CUDA_CNN_GEOMETRY
+         ", bool[5] wants) -> "
+         "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift, Tensor dresidual)",
+         &conv2d_fused_backward);
+  define(library, "channel_map(Tensor x, Tensor scale, Tensor shift, Tensor? residual, bool relu) -> Tensor",
+         &channel_map);
+  define(library,
+         "channel_map_backward(Tensor dz, Tensor x, Tensor scale, Tensor shift, Tensor? z, bool relu, "
+         "bool[2] wants) -> (Tensor dx, Tensor dscale, Tensor dshift, Tensor dresidual)",
+         &channel_map_backward);
+  define(library, "channel_statistics(Tensor x) -> (Tensor mean, Tensor var)", &channel_statistics);
+}
+
+#undef CUDA_CNN_GEOMETRY
+
+}  // namespace cuda_cnn::ops
