@@ -7,6 +7,7 @@ from cuda_cnn import backends, functional, nn, reference
 from cuda_cnn._build_info import build_info as _build_info
 from cuda_cnn.convert import convert, revert
 from cuda_cnn.explain import explain
+from cuda_cnn.fuse import fuse, unfuse
 from cuda_cnn.models import create_model, list_models, load_weights
 from cuda_cnn.override import disable, enable, use
 
@@ -20,10 +21,12 @@ __all__ = [
     "enable",
     "explain",
     "functional",
+    "fuse",
     "list_models",
     "load_weights",
     "nn",
     "reference",
     "revert",
+    "unfuse",
     "use",
 ]

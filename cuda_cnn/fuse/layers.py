@@ -1,0 +1,231 @@
+"""What a fused graph calls: layers given as the modules they are, their parameters read when it runs."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cuda_cnn import functional as F
+from cuda_cnn.models.densenet import _Append
+from cuda_cnn.ops import _library
+from cuda_cnn.ops.conv2d_fused import accumulator
+from cuda_cnn.ops.conv2d_norm import conv2d_norm
+
+Vectors = tuple[Tensor, Tensor]
+
+# conv2d_norm's extra products are C/K + C/pixels of the backward pass: an eighth is the second term's share.
+_PIXELS_A_CHANNEL = 8
+
+# module -> (what the values were made from, the values): inference computes them once.
+_kept: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any]] = weakref.WeakKeyDictionary()
+
+
+def forget(module: nn.Module) -> None:
+    _kept.pop(module, None)
+
+
+def _once(module: nn.Module, sources: list[Tensor | None], extra: tuple, make: Callable[[], Any]) -> Any:
+    """make(), or what it gave last time if no source has changed since. With gradients: anew every time.
+
+    A write through `.data` goes unnoticed until the model changes its mode.
+    """
+    present = [s for s in sources if s is not None]
+    if torch.is_grad_enabled() and any(s.requires_grad for s in present):
+        return make()
+    if any(s.is_inference() for s in present):
+        return make()
+    key = (*extra, *((s.data_ptr(), s._version, s.dtype) for s in present))
+    kept = _kept.get(module)
+    if kept is None or kept[0] != key:
+        with torch.inference_mode(False), torch.no_grad():
+            kept = _kept[module] = (key, make())
+    return kept[1]
+
+
+def geometry(module: nn.Conv2d) -> tuple:
+    padding = module.padding
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        padding = tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return module.stride, padding, module.dilation, module.groups
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """Once, where the network begins; behind it everything is channels_last, slices of channels too."""
+    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
+# ---- Normalisation -----------------------------------------------------------------------------------------
+
+
+def follow(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Moves the running statistics as torch's batch normalisation of x would."""
+    count = x.numel() // max(x.shape[1], 1)
+    if count == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
+        )
+    if not norm.training or not norm.track_running_stats or norm.running_mean is None:
+        return
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        momentum = norm.momentum
+        if momentum is None:  # the mean of all batches so far
+            momentum = 1.0 / float(norm.num_batches_tracked)
+        norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+        norm.running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+
+
+def normalise(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> Vectors:
+    """scale and shift from the statistics of the batch x."""
+    follow(norm, x, mean, var)
+    return _vectors(norm, mean, var)
+
+
+def _vectors(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> Vectors:
+    scale = (var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(scale.dtype)
+    shift = mean * scale
+    return scale, -shift if norm.bias is None else norm.bias.to(scale.dtype) - shift
+
+
+def frozen(norm: nn.BatchNorm2d, x: Tensor) -> Vectors:
+    """scale and shift from the running statistics."""
+    dtype = accumulator(x)
+    sources = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    return _once(
+        norm,
+        sources,
+        (norm.eps, dtype),
+        lambda: _vectors(norm, norm.running_mean.to(dtype), norm.running_var.to(dtype)),
+    )
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that does what both do."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        dtype = accumulator(conv.weight)
+        scale, shift = _vectors(norm, norm.running_mean.to(dtype), norm.running_var.to(dtype))
+        weight = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype)
+        if conv.bias is not None:
+            shift = shift + conv.bias * scale
+        return weight.contiguous(memory_format=torch.channels_last), shift.to(conv.weight.dtype)
+
+    sources = [conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    return _once(conv, sources, (norm.eps,), make)
+
+
+# ---- Convolutions ------------------------------------------------------------------------------------------
+
+
+def conv(
+    x: Tensor,
+    module: nn.Conv2d,
+    norm: nn.BatchNorm2d | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    in_relu: bool = False,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """relu(norm(conv(relu(scale·x + shift))) + residual), norm by its running statistics folded into the weight."""
+    weight, bias = (module.weight, module.bias) if norm is None else _folded(module, norm)
+    inside = residual is None or _could_be_added(residual, x, module)
+    y, *_ = F.conv2d_fused(
+        *(_nhwc(x), weight, bias, scale, shift, in_relu),
+        *(residual if inside else None, relu and inside, False),
+        *geometry(module),
+    )
+    return y if inside else _sum(y, residual, relu)
+
+
+def _could_be_added(residual: Tensor, x: Tensor, module: nn.Conv2d) -> bool:
+    """Whether the sum is the plain one of a residual block: no broadcast, no other dtype."""
+    if residual.dtype != x.dtype or residual.dim() != 4 or residual.shape[1] != module.out_channels:
+        return False
+    (stride, padding, dilation, _), kernel = geometry(module), module.kernel_size
+    extents = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    return list(residual.shape) == [x.shape[0], module.out_channels, *extents]
+
+
+def _sum(y: Tensor, residual: Tensor, relu: bool) -> Tensor:
+    return (y + residual).relu() if relu else y + residual
+
+
+def conv_with_statistics(
+    x: Tensor,
+    module: nn.Conv2d,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    in_relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, var) of conv(relu(scale·x + shift))."""
+    return F.conv2d_fused(
+        *(_nhwc(x), module.weight, module.bias, scale, shift, in_relu, None, False, True), *geometry(module)
+    )
+
+
+def conv_norm(
+    x: Tensor,
+    module: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    in_relu: bool = False,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """relu(norm(conv(relu(scale·x + shift))) + residual) in training, of a 1×1 convolution."""
+    # In 16 bits the products that stand for the map between would be rounded too early; on few pixels they cost
+    # more than the convolution, and the map is small.
+    pixels = x.shape[0] * x.shape[2] * x.shape[3] // module.stride[0] ** 2
+    worthwhile = pixels >= _PIXELS_A_CHANNEL * module.in_channels
+    exact = x.element_size() > 2 and _library.autocast_dtype(x) is None
+    if not worthwhile or not exact or (residual is not None and not _could_be_added(residual, x, module)):
+        y, mean, var = conv_with_statistics(x, module, scale, shift, in_relu)
+        return apply(y, *normalise(norm, y, mean, var), residual, relu)
+    z, mean, var = conv2d_norm(
+        *(_nhwc(x), module.weight, scale, shift, in_relu, norm.weight, norm.bias, norm.eps),
+        *(residual, relu, module.stride[0]),
+    )
+    follow(norm, z, mean, var)
+    return z
+
+
+def apply(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """relu(scale·x + shift + residual)."""
+    x = _nhwc(x)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        return _sum(F.channel_map(x, scale, shift), residual, relu)
+    return F.channel_map(x, scale, shift, residual, relu)
+
+
+def statistics(x: Tensor) -> Vectors:
+    return F.channel_statistics(_nhwc(x))
+
+
+def max_pool(x: Tensor, module: nn.MaxPool2d) -> Tensor:
+    window = module.kernel_size, module.stride, module.padding, module.dilation
+    return F.max_pool2d(x, *window, ceil_mode=module.ceil_mode)
+
+
+# ---- Dense blocks ------------------------------------------------------------------------------------------
+
+
+def dense_buffer(x: Tensor, channels: int) -> Tensor:
+    shape = (len(x), channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def append(maps: Tensor | None, new: Tensor, buffer: Tensor) -> Tensor:
+    """The buffer's channels up to `new`, which is written behind `maps`."""
+    return _Append.apply(maps, new, buffer)
