@@ -152,6 +152,19 @@ def test_same_loss_curve(name):
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=1e-4)
 
 
+def test_no_layer_runs_twice():
+    """Not even where something is written in place behind it."""
+    body, _ = vgg._features([[8, 9], [7]], 3, False, True)
+    tail = nn.Sequential(nn.Flatten(), nn.Linear(7 * 5 * 5, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    for model in (nn.Sequential(body, tail), build("bottlenecks", dtype=torch.float32)):
+        for training in (True, False):
+            report = cuda_cnn.fuse(model.train(training))
+            layers = [row.layer for row in report.fused]
+            assert len(layers) == len(set(layers))
+            assert len(layers) == sum(isinstance(m, nn.Conv2d | nn.BatchNorm2d) for m in model.modules())
+            assert model(images(torch.float32)).shape[0] == 3
+
+
 def test_second_derivatives():
     plain = build("bottlenecks")
     fused = copy.deepcopy(plain)

@@ -192,8 +192,8 @@ class Rewriter:
         if reason:
             self.left(str(node.target), reason)
         if self.writes(node):  # what is still to be made must read what was there before
-            for value in list(self.values.values()):
-                if isinstance(value, Pending):
+            for other, value in list(self.values.items()):
+                if any(user not in self.values for user in other.users):
                     self.tensor(value)
         return self.new.node_copy(node, lambda n: self.tensor(self.values[n]))
 
