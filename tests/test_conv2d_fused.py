@@ -10,8 +10,21 @@ from cuda_cnn import functional as F
 from cuda_cnn import reference
 from cuda_cnn.ops.conv2d_norm import conv2d_norm
 
+# Geometries at large are test_conv2d's; here one of each way through the kernels.
 CASES = {
-    **{name: CASES[name] for name in CASES if "padding beyond" not in name and "lenet" not in name},
+    **{
+        name: CASES[name]
+        for name in (
+            "primes",
+            "one of everything",
+            "1x1",
+            "1x1 stride 2",
+            "groups",
+            "depthwise",
+            "empty batch",
+        )
+    },
+    "stem": ((1, 3, 9, 11), (4, 3, 5, 5), ((2, 2), (2, 2), (1, 2), 1)),
     "winograd": ((2, 19, 9, 7), (33, 19, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
 }
 FLAGS = [  # in_scale and in_shift, in_relu, residual, out_relu
