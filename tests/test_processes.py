@@ -3,7 +3,9 @@ the output."""
 
 import itertools
 import os
+import re
 import signal
+import time
 
 import pytest
 import torch
@@ -57,6 +59,28 @@ def test_same_bits_for_any_number_of_threads(name, layout, threads, monkeypatch)
     for count, _ in itertools.product((1, 2, 3, 5), range(2)):
         threads(count)
         assert torch.equal(everything(name), expected), f"{name}, {count} threads"
+
+
+def cpu_times():
+    """Seconds of processor time of each of this process's threads."""
+    tids = map(int, os.listdir("/proc/self/task"))
+    return {tid: time.clock_gettime(~tid << 3 | 6) for tid in tids}  # Linux: the clock of thread tid
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="this system does not list threads")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_two_threads_share_the_work(name, threads):
+    """Work is cut before it is begun, so however busy the machine is, either thread has about half of it."""
+    x, w, v = (t.requires_grad_() for t in inputs())
+    x = x.detach().repeat(8, 1, 2, 2).contiguous(memory_format=torch.channels_last)
+    threads(2)
+    OPERATORS[name](x, w, v)
+    time.sleep(0.1)  # the second thread has stopped spinning
+    before = cpu_times()
+    for _ in range(5):
+        OPERATORS[name](x, w, v)
+    *_, second, first = sorted(after - before.get(tid, 0) for tid, after in cpu_times().items())
+    assert second > first / 5
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -135,3 +159,27 @@ def test_guards_around_a_written_slice():
     F.write_channels_(buffer, part, 4)
     assert torch.equal(buffer[:, 4:9], part)
     assert (buffer[:, :4] == GUARD).all() and (buffer[:, 9:] == GUARD).all()
+
+
+def mapping_of(address):
+    """The flags of the memory mapping that holds an address."""
+    inside = False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+                inside = begin <= address < end
+            elif inside and line.startswith("VmFlags:"):
+                return line.split()[1:]
+    raise ValueError(f"no mapping holds {address:#x}")
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"), reason="this system has no huge pages"
+)
+@pytest.mark.parametrize("name", ["max_pool2d", "local_response_norm", "batch_norm", "concat", "subsample"])
+def test_large_results_ask_for_huge_pages(name):
+    x, w, v = inputs()
+    y = OPERATORS[name](x.repeat(3, 1, 6, 6), w, v)
+    assert y.nbytes > 6 << 20
+    assert "hg" in mapping_of(y.data_ptr() + (4 << 20))

@@ -57,8 +57,8 @@ template <class T, class A = Accumulator<T>>
 void row_statistics(const T* x, int64_t pitch, int64_t width, int64_t begin, int64_t end, double* mean,
                     double* squares) {
   Chunk<A> chunk;
-  if (end - begin >= kRowsAtOnce) {
-    mean_of_rows<kRowsAtOnce>(x + begin * pitch, pitch, width, chunk.pivot);
+  if (end - begin >= 4) {
+    mean_of_rows<4>(x + begin * pitch, pitch, width, chunk.pivot);
   } else {
     mean_of_rows<1>(x + begin * pitch, pitch, width, chunk.pivot);
   }
@@ -69,7 +69,7 @@ void row_statistics(const T* x, int64_t pitch, int64_t width, int64_t begin, int
       chunk.pivot[i] = finite_or_zero(seen == 0 ? chunk.pivot[i] : static_cast<A>(mean[i]));
     }
     for (int64_t i = 0; i < kBlock; ++i) chunk.deviation[i] = chunk.squares[i] = 0;
-    for_rows<T>(row, last, pitch,
+    for_rows<4>(reads_side_by_side<T>(pitch), row, last,
                 [&](auto rows, int64_t r) { add_rows<rows.value>(x + r * pitch, pitch, width, chunk); });
     for (int64_t i = 0; i < width; ++i) {
       const double shift = chunk.deviation[i] * (1 / count);
@@ -143,36 +143,54 @@ void batch_statistics(const BatchNormParams& p) {
   for (int64_t c = 0; c < s.channels; ++c) p.var[c] /= s.per_channel();
 }
 
+// y of the rows or planes [begin, end). Everything in locals: a vector's store may alias what a reference
+// leads to, which would be read again for every vector.
 template <class T, class A = Accumulator<T>>
-CUDA_CNN_INLINE void apply(const BatchNormParams& p, int64_t i, int64_t lanes, const MapLanes<A>& map) {
-  Vec<A> v = map(load_lanes(static_cast<const T*>(p.x) + i, lanes));
-  if (p.residual) v += load_lanes(static_cast<const T*>(p.residual) + i, lanes);
-  store_lanes(static_cast<T*>(p.y) + i, p.relu ? relu(v) : v, lanes);
+void normalise(const BatchNormParams& p, const Coefficients<A>& per_channel, int64_t begin, int64_t end) {
+  const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
+  T* y = static_cast<T*>(p.y);
+  const Vec<A> least = broadcast(p.relu ? A(0) : -A(__builtin_inff()));
+  const Coefficients<A> coefficients = per_channel;
+  const auto apply = [=](int64_t i, int64_t lanes, const MapLanes<A>& map) {
+    Vec<A> v = map(load_lanes(x + i, lanes));
+    if (residual) v += load_lanes(residual + i, lanes);
+    store_lanes(y + i, v < least ? least : v, lanes);
+  };
+  const int64_t channels = p.shape.channels, spatial = p.shape.spatial;
+  if (p.shape.channels_last) {
+    for_rows<2>(writes_side_by_side<T>(channels), begin, end, [=](auto rows, int64_t row) {
+      for_each_vector<A>(channels, [=](int64_t c, int, int64_t lanes) {
+        const MapLanes<A> map = coefficients.map(c);
+#pragma GCC unroll 2
+        for (int r = 0; r < rows.value; ++r) apply((row + r) * channels + c, lanes, map);
+      });
+    });
+  } else {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const MapLanes<A> map = coefficients.map_of(plane % channels);
+      for_each_vector<A>(spatial,
+                         [=](int64_t i, int, int64_t lanes) { apply(plane * spatial + i, lanes, map); });
+    }
+  }
 }
 
 template <class T>
 void forward(const BatchNormParams& p) {
   using A = Accumulator<T>;
-  if (p.training) batch_statistics<T>(p);
-  const BatchNormShape& s = p.shape;
-  const Coefficients<A> coefficients = allocate_coefficients<A>(s.channels);
-  for (int64_t c = 0; c < s.channels; ++c) {
-    const double mean = p.training ? p.mean[c] : p.running_mean.at(c, 0);
-    const double var = p.training ? p.var[c] : p.running_var.at(c, 1);
-    coefficients.set(c, batch_norm_map<A>(mean, var, p.weight.at(c, 1), p.bias.at(c, 0), p.eps));
+  const int64_t channels = p.shape.channels;
+  const Coefficients<A> coefficients(channels);
+  if (p.training) {
+    batch_statistics<T>(p);
+    memcpy(coefficients.mean, p.mean, channels * sizeof(double));
+    memcpy(coefficients.var, p.var, channels * sizeof(double));
+  } else {
+    read_channels(p.running_mean, 0, channels, coefficients.mean);
+    read_channels(p.running_var, 1, channels, coefficients.var);
   }
-  for_all(
-      s,
-      [&](int64_t start) {
-        for_each_vector<A>(s.channels, [&](int64_t c, int, int64_t lanes) {
-          apply<T>(p, start + c, lanes, coefficients.map(c));
-        });
-      },
-      [&](int64_t start, int64_t c) {
-        const MapLanes<A> map = coefficients.map_of(c);
-        for_each_vector<A>(s.spatial,
-                           [&](int64_t i, int, int64_t lanes) { apply<T>(p, start + i, lanes, map); });
-      });
+  read_channels(p.weight, 1, channels, coefficients.weight);
+  read_channels(p.bias, 0, channels, coefficients.bias);
+  coefficients.set_map(channels, p.eps);
+  for_all(p.shape, [&](int64_t begin, int64_t end) { normalise<T>(p, coefficients, begin, end); });
 }
 
 }  // namespace

@@ -22,7 +22,6 @@ constexpr int64_t kRows = 64;    // channels_last: rows of a chunk
 constexpr int64_t kBlock = 512;  // channels_last: channels of a block
 constexpr int64_t kRun = 4096;   // contiguous: elements of a chunk
 constexpr int kWide = 4;         // vectors side by side
-constexpr int kRowsAtOnce = 4;   // channels_last: rows side by side
 constexpr int64_t kElementsPerTask = 32768;
 constexpr int64_t kPlanesEnough = 256;  // contiguous: with as many channels no channel is cut
 
@@ -55,13 +54,22 @@ struct GradientLanes {
   Vec<A> scale, slope, offset;
 };
 
-// One array for each coefficient; padded, so that whole vectors can be read.
+// Doubles in and coefficients out, one array each, so that loops over channels are vector code; padded, so
+// that whole vectors can be read. Both passes take them from one workspace.
 template <class A>
 struct Coefficients {
-  static constexpr int kArrays = 6;
+  static constexpr int kDoubles = 6, kArrays = 6;
+  double *mean, *var, *weight, *bias;  // what a pass is given
+  double *sum_g, *sum_gx;              // backward
   A* base;
   int64_t pitch;
 
+  explicit Coefficients(int64_t channels) : pitch(ceil_div(channels, kTile<A>) * kTile<A>) {
+    double* doubles = workspace<double>(Workspace::kShared, (kDoubles + kArrays) * pitch);
+    double** const arrays[] = {&mean, &var, &weight, &bias, &sum_g, &sum_gx};
+    for (int i = 0; i < kDoubles; ++i) *arrays[i] = doubles + i * pitch;
+    base = reinterpret_cast<A*>(doubles + kDoubles * pitch);
+  }
   CUDA_CNN_INLINE A* array(int i) const { return base + i * pitch; }
   CUDA_CNN_INLINE MapLanes<A> map(int64_t c) const {
     return {load(array(0) + c), load(array(1) + c), load(array(2) + c)};
@@ -76,22 +84,29 @@ struct Coefficients {
   CUDA_CNN_INLINE GradientLanes<A> gradient_of(int64_t c) const {
     return {broadcast(array(3)[c]), broadcast(array(4)[c]), broadcast(array(5)[c])};
   }
-  CUDA_CNN_INLINE void set(int64_t c, const BatchNormMap<A>& m) const {
-    array(0)[c] = m.mean;
-    array(1)[c] = m.scale;
-    array(2)[c] = m.shift;
-  }
-  CUDA_CNN_INLINE void set(int64_t c, const BatchNormGradient<A>& g) const {
-    array(3)[c] = g.scale;
-    array(4)[c] = g.slope;
-    array(5)[c] = g.offset;
+  void set_map(int64_t channels, double eps) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      const BatchNormMap<A> m = batch_norm_map<A>(mean[c], var[c], weight[c], bias[c], eps);
+      array(0)[c] = m.mean;
+      array(1)[c] = m.scale;
+      array(2)[c] = m.shift;
+    }
   }
 };
 
-template <class A>
-Coefficients<A> allocate_coefficients(int64_t channels) {
-  const int64_t pitch = ceil_div(channels, kTile<A>) * kTile<A>;
-  return {workspace<A>(Workspace::kShared, Coefficients<A>::kArrays * pitch), pitch};
+CUDA_CNN_INLINE void read_channels(const ChannelVector& values, double if_null, int64_t channels,
+                                   double* out) {
+  if (!values.data) {
+    for (int64_t c = 0; c < channels; ++c) out[c] = if_null;
+    return;
+  }
+  dispatch_dtype(values.dtype, [&](auto element) {
+    const auto* in = static_cast<const decltype(element)*>(values.data);
+    for (int64_t c = 0; c < channels; ++c) out[c] = widen(in[c]);
+  });
+}
+CUDA_CNN_INLINE void write_channels(const double* values, int64_t channels, const MutableChannelVector& out) {
+  for (int64_t c = 0; c < channels; ++c) out.set(c, values[c]);
 }
 
 // ---- How a tensor is cut
@@ -129,20 +144,28 @@ void for_each_part(const BatchNormShape& s, const Cut& cut, const Fn& fn) {
   });
 }
 
-// channels_last: calls fn(Rows<R>, first row), side by side or one row at a time. Not side by side: rows that
-// share a page of memory, yet lie far apart in it, where the prefetcher follows one stream.
+// channels_last: calls fn(Rows<kSide>, first row) for rows taken side by side, which spares loads of what
+// each channel holds, and fn(Rows<1>, row) for the others.
 template <int R>
 struct Rows {
   static constexpr int value = R;
 };
-template <class T, class Fn>
-CUDA_CNN_INLINE void for_rows(int64_t begin, int64_t end, int64_t pitch, const Fn& fn) {
-  const int64_t bytes = pitch * static_cast<int64_t>(sizeof(T));
+template <int kSide, class Fn>
+CUDA_CNN_INLINE void for_rows(bool side_by_side, int64_t begin, int64_t end, const Fn& fn) {
   int64_t row = begin;
-  if (bytes < 1024 || bytes >= 4096) {
-    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) fn(Rows<kRowsAtOnce>{}, row);
-  }
+  for (; side_by_side && row + kSide <= end; row += kSide) fn(Rows<kSide>{}, row);
   for (; row < end; ++row) fn(Rows<1>{}, row);
+}
+// Not side by side: rows that share a page of memory, yet lie far apart in it, where the prefetcher follows
+// one stream; nor, where they are written too, rows that fall into the same sets of the first cache.
+template <class T>
+CUDA_CNN_INLINE bool reads_side_by_side(int64_t channels) {
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+  return bytes < 1024 || bytes >= 4096;
+}
+template <class T>
+CUDA_CNN_INLINE bool writes_side_by_side(int64_t channels) {
+  return channels * static_cast<int64_t>(sizeof(T)) <= 512;
 }
 
 // contiguous: calls fn(first element, runs, length) for the chunks of a channel in a group; a chunk's runs
@@ -171,23 +194,14 @@ CUDA_CNN_INLINE void for_each_vector(int64_t length, const Fn& fn) {
   if (i < length) fn(i, 1, length - i);
 }
 
-// Calls row(first element) for each row, or plane(first element, channel) for each plane; the last ones
-// first, in steps long enough for the prefetcher: they are what the reducing pass has left in the cache.
-template <class RowFn, class PlaneFn>
-CUDA_CNN_INLINE void for_all(const BatchNormShape& s, const RowFn& row, const PlaneFn& plane) {
+// Calls fn(begin, end) for stretches of rows (channels_last) or planes; the last ones first, in stretches
+// long enough for the prefetcher: they are what the reducing pass has left in the cache.
+template <class Fn>
+CUDA_CNN_INLINE void for_all(const BatchNormShape& s, const Fn& fn) {
   const int64_t count = s.channels_last ? s.per_channel() : s.batch * s.channels;
-  const int64_t length = s.channels_last ? s.channels : s.spatial;
-  const int64_t step = ceil_div(kElementsPerTask, length);
+  const int64_t step = ceil_div(kElementsPerTask, s.channels_last ? s.channels : s.spatial);
   parallel_for(count, step, [&](int64_t begin, int64_t end) {
-    for (int64_t last = end; last > begin; last -= step) {
-      for (int64_t i = max64(begin, last - step); i < last; ++i) {
-        if (s.channels_last) {
-          row(i * length);
-        } else {
-          plane(i * length, i % s.channels);
-        }
-      }
-    }
+    for (int64_t last = end; last > begin; last -= step) fn(max64(begin, last - step), last);
   });
 }
 

@@ -26,6 +26,7 @@ struct Pixel {
   int64_t row_step, column_step;
   Taps r, s;
   int64_t kernel_w;
+  int64_t checked;  // columns of taps to look at for NaN: the next pixel of the row sees the others
   T* y;
   Tap* taps;
 };
@@ -50,7 +51,7 @@ CUDA_CNN_INLINE void pool_channels(const Pixel<T, Tap>& pixel, int64_t c, int64_
 #pragma GCC unroll 4
       for (int b = 0; b < kCount; ++b) {
         const Vec<Accumulator<T>> v = kWhole ? load(p + b * kStep) : load_first(p, count);
-        if constexpr (kFinite) check = fma(v, Vec<Accumulator<T>>{}, check);
+        if (kFinite && s < pixel.checked) check = fma(v, Vec<Accumulator<T>>{}, check);
         take_greater<kTrack, kFinite>(v, here, best[b], tap[b]);
       }
     }
@@ -95,6 +96,7 @@ bool pool_row(const MaxPool2dParams& params, int64_t row, const Taps* columns) {
                                  r,
                                  columns[q],
                                  w.kernel,
+                                 w.dilation == 1 && q + 1 < w.out ? w.stride : w.kernel,
                                  static_cast<T*>(params.output) + at,
                                  kTrack ? static_cast<Tap*>(params.taps) + at : nullptr};
     pool_pixel<T, Tap, kTrack, kFinite>(pixel, channels, check);

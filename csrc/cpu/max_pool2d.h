@@ -75,6 +75,39 @@ CUDA_CNN_INLINE void store_first_taps(Tap* p, TapLanes<T> taps, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = static_cast<Tap>(taps[i]);
 }
 
+// a > b ? a : b, lane by lane, in one instruction where there is one.
+CUDA_CNN_INLINE Vec<float> greater(Vec<float> a, Vec<float> b) {
+#if defined(CUDA_CNN_ISA_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CUDA_CNN_ISA_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+CUDA_CNN_INLINE Vec<double> greater(Vec<double> a, Vec<double> b) {
+#if defined(CUDA_CNN_ISA_AVX512)
+  return _mm512_max_pd(a, b);
+#elif defined(CUDA_CNN_ISA_AVX2)
+  return _mm256_max_pd(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// load_first, without the way through memory that short rows feel.
+template <class T>
+CUDA_CNN_INLINE Vec<Accumulator<T>> load_part(const T* p, int64_t count) {
+#if defined(CUDA_CNN_ISA_AVX2)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    static constexpr int32_t kMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    const void* mask = kMasks + 8 - count;
+    return _mm256_maskload_ps(p, _mm256_loadu_si256(static_cast<const __m256i*>(mask)));
+  } else
+#endif
+    return load_first(p, count);
+}
+
 template <class A>
 CUDA_CNN_INLINE Vec<A> lowest() {
   return broadcast(-A(__builtin_inff()));
@@ -84,7 +117,7 @@ CUDA_CNN_INLINE Vec<A> lowest() {
 template <bool kTrack, bool kFinite, class V, class Taps>
 CUDA_CNN_INLINE void take_greater(V value, Taps here, V& best, Taps& tap) {
   const auto takes = kFinite ? value > best : (value > best) | (value != value);
-  best = takes ? value : best;
+  best = kFinite ? greater(value, best) : takes ? value : best;
   if constexpr (kTrack) tap = takes ? here : tap;
 }
 

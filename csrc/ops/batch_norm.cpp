@@ -1,5 +1,6 @@
 #include "kernels/batch_norm.h"
 
+#include "ops/allocate.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"
 
@@ -20,7 +21,8 @@ int64_t channels_of(const at::Tensor& x) { return x.dim() >= 2 ? x.size(1) : 0; 
 
 // A vector with one value a channel, as the kernel takes it: contiguous, of any element type.
 at::Tensor channel_values(const OptionalTensor& values) {
-  return values ? values->reshape({-1}).contiguous() : at::Tensor();
+  if (!values) return {};
+  return values->dim() == 1 && values->is_contiguous() ? *values : values->reshape({-1}).contiguous();
 }
 ChannelVector channel_vector(const at::Tensor& values) {
   if (!values.defined()) return {nullptr, DType::kFloat32};
@@ -48,12 +50,13 @@ void check_channel_values(const char* name, const OptionalTensor& values, const 
 }
 
 // Where the CUDA kernels keep partial sums; the CPU's have scratch memory of their own.
-at::Tensor workspace_for(const BatchNormShape& shape, const at::Tensor& x) {
+at::Tensor workspace_for([[maybe_unused]] const BatchNormShape& shape, [[maybe_unused]] const at::Tensor& x) {
 #if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
-  return at::empty({cuda::batch_norm_workspace_bytes(shape)}, x.options().dtype(at::kByte));
-#else
-  return at::empty({0}, x.options().dtype(at::kByte));
+  if (uses_cuda_kernels(x)) {
+    return at::empty({cuda::batch_norm_workspace_bytes(shape)}, x.options().dtype(at::kByte));
+  }
 #endif
+  return {};
 }
 
 void check_input(const at::Tensor& x) {
@@ -83,7 +86,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, c
   TORCH_CHECK(training || running_var, kOp, ": running_var must be defined in evaluation mode");
 
   const at::MemoryFormat format = format_of(x);
-  at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
+  at::Tensor y = empty_result(x.sizes(), x.options().memory_format(format));
   at::Tensor mean = at::empty({training ? channels_of(x) : 0}, x.options().dtype(at::kDouble));
   at::Tensor var = at::empty_like(mean);
   if (x.numel() == 0) return {y, mean.zero_(), var.zero_()};
@@ -107,14 +110,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, c
   p.training = training;
   p.relu = relu;
   const at::Tensor workspace = workspace_for(p.shape, x);
-  p.workspace = mutable_data(workspace);
+  p.workspace = workspace.defined() ? mutable_data(workspace) : nullptr;
   CUDA_CNN_LAUNCH(kOp, x, batch_norm_forward, p);
   return {y, mean, var};
 }
 
 // A result that is wanted has the shape and dtype of `like`; one that is not has no elements.
 at::Tensor wanted(bool want, const at::Tensor& like, const at::TensorOptions& options) {
-  return want ? at::empty(like.sizes(), options)
+  return want ? empty_result(like.sizes(), options)
               : at::empty({0}, options.memory_format(at::MemoryFormat::Contiguous));
 }
 
@@ -160,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   p.training = training;
   p.relu = relu;
   const at::Tensor workspace = workspace_for(p.shape, x);
-  p.workspace = mutable_data(workspace);
+  p.workspace = workspace.defined() ? mutable_data(workspace) : nullptr;
   CUDA_CNN_LAUNCH(kOp, x, batch_norm_backward, p);
   return {dx, dweight, dbias, dresidual};
 }

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "ops/allocate.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"
 
@@ -128,7 +129,7 @@ at::Tensor concat(at::TensorList tensors, int64_t dim) {
     used.push_back(tensor);
   }
   const at::MemoryFormat format = common_format(tensors);
-  at::Tensor output = at::empty(shape, tensors[0].options().memory_format(format));
+  at::Tensor output = empty_result(shape, tensors[0].options().memory_format(format));
   if (output.numel() == 0) return output;
   const std::vector<int64_t> order = memory_order(output.dim(), format);
   const int64_t split = std::find(order.begin(), order.end(), dim) - order.begin();

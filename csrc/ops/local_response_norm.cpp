@@ -1,5 +1,6 @@
 #include "kernels/local_response_norm.h"
 
+#include "ops/allocate.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"
 
@@ -33,7 +34,7 @@ void check(const at::Tensor& x, int64_t size) {
 at::Tensor local_response_norm(const at::Tensor& x, int64_t size, double alpha, double beta, double k) {
   check(x, size);
   const at::MemoryFormat format = format_of(x);
-  at::Tensor y = at::empty(x.sizes(), x.options().memory_format(format));
+  at::Tensor y = empty_result(x.sizes(), x.options().memory_format(format));
   if (x.numel() == 0) return y;
   const at::Tensor input = x.contiguous(format);
   LocalResponseNormParams p = make_params(x, format, size, alpha, beta, k);
@@ -49,7 +50,7 @@ at::Tensor local_response_norm_backward(const at::Tensor& dy, const at::Tensor& 
   check_like(kOp, "grad_output", dy, x);
   check_same_shape(kOp, "grad_output", dy, x);
   const at::MemoryFormat format = format_of(x);
-  at::Tensor dx = at::empty(x.sizes(), x.options().memory_format(format));
+  at::Tensor dx = empty_result(x.sizes(), x.options().memory_format(format));
   if (x.numel() == 0) return dx;
   const at::Tensor input = x.contiguous(format), grad = dy.contiguous(format);
   LocalResponseNormParams p = make_params(x, format, size, alpha, beta, k);

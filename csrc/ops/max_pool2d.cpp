@@ -3,6 +3,7 @@
 #include <limits>
 #include <tuple>
 
+#include "ops/allocate.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"
 
@@ -82,7 +83,8 @@ Pooled pool(const at::Tensor& x, Ints kernel, Ints stride, Ints padding, Ints di
               p.w.in, " gives ", p.h.out, "x", p.w.out);
   const at::MemoryFormat format = format_of(x);
   const auto empty = [&](at::ScalarType dtype) {
-    return at::empty(with_plane(x.sizes(), p.h.out, p.w.out), x.options().dtype(dtype).memory_format(format));
+    return empty_result(with_plane(x.sizes(), p.h.out, p.w.out),
+                        x.options().dtype(dtype).memory_format(format));
   };
   Pooled out;
   out.y = empty(x.scalar_type());
@@ -141,7 +143,7 @@ at::Tensor max_pool2d_backward(const at::Tensor& dy, const at::Tensor& taps, Int
   MaxPool2dParams p = linear_params(taps, dy.device(), input_size, kernel, stride, padding, dilation);
   check_same_shape(kOp, "grad_output", dy, taps);
   const at::MemoryFormat format = format_of(taps);
-  at::Tensor dx = at::empty(with_plane(taps.sizes(), p.h.in, p.w.in), dy.options().memory_format(format));
+  at::Tensor dx = empty_result(with_plane(taps.sizes(), p.h.in, p.w.in), dy.options().memory_format(format));
   if (dx.numel() == 0) return dx;
   const at::Tensor input = dy.contiguous(format), where = taps.contiguous(format);
   p.input = data(input);
@@ -162,7 +164,7 @@ at::Tensor max_pool2d_gather(const at::Tensor& plane, const at::Tensor& taps, In
   TORCH_CHECK(plane.sizes().slice(0, plane.dim() - 2) == taps.sizes().slice(0, taps.dim() - 2), kOp,
               ": expected taps with the batch and channels of ", plane.sizes(), ", got ", taps.sizes());
   const at::MemoryFormat format = format_of(taps);
-  at::Tensor out = at::empty(taps.sizes(), plane.options().memory_format(format));
+  at::Tensor out = empty_result(taps.sizes(), plane.options().memory_format(format));
   if (out.numel() == 0) return out;
   const at::Tensor input = plane.contiguous(format), where = taps.contiguous(format);
   p.input = data(input);

@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "ops/allocate.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"
 
@@ -62,7 +63,7 @@ at::Tensor subsample(const at::Tensor& x, const at::Tensor& coefficient, const a
   check_channels("coefficient", coefficient, x);
   check_channels("bias", bias, x);
   const at::MemoryFormat format = format_of(x);
-  at::Tensor y = at::empty(pooled_shape(x, p), x.options().memory_format(format));
+  at::Tensor y = empty_result(pooled_shape(x, p), x.options().memory_format(format));
   if (y.numel() == 0) return y;
   const at::Tensor input = x.contiguous(format), k = coefficient.contiguous(), b = bias.contiguous();
   p.x = data(input);
@@ -86,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subsample_backward(const at::Tens
                 " of shape ", pooled_shape(x, p), ", got ", tensor->sizes());
   }
   const at::MemoryFormat format = format_of(x);
-  at::Tensor dx = at::empty(x.sizes(), x.options().memory_format(format));
+  at::Tensor dx = empty_result(x.sizes(), x.options().memory_format(format));
   at::Tensor dcoefficient = at::zeros(coefficient.sizes(), x.options()), dbias = at::zeros_like(dcoefficient);
   if (x.numel() == 0) return {dx, dcoefficient, dbias};
   const at::ScalarType accumulator = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
