@@ -27,14 +27,15 @@ def dtype_of(name: str) -> torch.dtype:
 @contextlib.contextmanager
 def precision(name: str) -> Iterator[None]:
     """TensorFloat-32 for all rivals, or for none; cuDNN may search its plans."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32 = matmul.allow_tf32 = name == "tf32"
-    cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+    cudnn, matmul, tf32 = torch.backends.cudnn, torch.backends.cuda.matmul, name == "tf32"
+    before = matmul.allow_tf32
+    # flags() holds also where torch.testing has frozen plain assignment.
+    with cudnn.flags(cudnn.enabled, True, deterministic=cudnn.deterministic, allow_tf32=tf32):
+        matmul.allow_tf32 = tf32
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
 
 
 def check_equal(dtype: str, device: str) -> None:
