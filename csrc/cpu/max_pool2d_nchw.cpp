@@ -31,10 +31,10 @@ CUDA_CNN_INLINE V even_lanes(V a, V b) {
 
 CUDA_CNN_INLINE Vec<float> scratch_lanes(const float* p) { return load(p); }
 CUDA_CNN_INLINE Vec<double> scratch_lanes(const double* p) { return load(p); }
-CUDA_CNN_INLINE TapLanes<float> scratch_lanes(const int32_t* p) {
+CUDA_CNN_INLINE TapLanes<float> scratch_lanes(const TapLane<float>* p) {
   return reinterpret_cast<TapLanes<float>>(load(reinterpret_cast<const float*>(p)));
 }
-CUDA_CNN_INLINE TapLanes<double> scratch_lanes(const int64_t* p) {
+CUDA_CNN_INLINE TapLanes<double> scratch_lanes(const TapLane<double>* p) {
   return reinterpret_cast<TapLanes<double>>(load(reinterpret_cast<const double*>(p)));
 }
 
