@@ -12,7 +12,7 @@ SOURCES := setup.py build_config.py pyproject.toml $(shell find csrc -type f)
 JOBS ?= 2
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: help build demo test bench figures lint format asan sanitize card sdist clean FORCE
+.PHONY: help build demo test bench figures lint format asan cudabuild sanitize card sdist clean FORCE
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
