@@ -12,7 +12,7 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
 struct WeightGradCut {
-  int64_t ranges, range, parts, chunks, chunk;
+  int64_t ranges, range, parts, chunks, chunk, block;
 
   int64_t tasks(int64_t groups) const { return ranges * parts * chunks * groups; }
 };
@@ -24,6 +24,13 @@ constexpr int64_t kRangeDepth = 448;   // x's block: 128 * 448 * 4 bytes = 224 K
 constexpr int64_t kTasks = 8;
 constexpr int64_t kWorthATask = 200000;  // multiply-adds
 
+// At least `wanted` pieces where `most` allows it; a power of two, for equal loads of 2, 4 and 8 threads.
+int64_t even_cut(int64_t wanted, int64_t most) {
+  int64_t cut = 1;
+  while (cut < wanted && 2 * cut <= most) cut *= 2;
+  return cut;
+}
+
 WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int64_t groups) {
   const int64_t work = pixels * depth * panels * 32 * groups;
   const int64_t tasks = max64(1, min64(kTasks, work / kWorthATask));
@@ -33,17 +40,17 @@ WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int
   cut.range = ceil_div(ceil_div(depth, cut.ranges), kTileRows) * kTileRows;
   cut.ranges = ceil_div(depth, cut.range);
   // Another part packs x again: pixels * depth. Another chunk writes, reads and adds its sums: depth * k.
-  const int64_t most_parts = max64(1, panels / 2), most_chunks = max64(1, pixels / (2 * kBlockPixels));
+  const int64_t most_parts = panels / 2, most_chunks = pixels / (2 * kBlockPixels);
   const int64_t wanted = ceil_div(tasks, cut.ranges * groups);
   if (pixels < 3 * 32 * panels) {
-    cut.parts = min64(most_parts, wanted);
-    cut.chunks = min64(most_chunks, ceil_div(wanted, cut.parts));
+    cut.parts = even_cut(wanted, most_parts);
+    cut.chunks = even_cut(ceil_div(wanted, cut.parts), most_chunks);
   } else {
-    cut.chunks = min64(most_chunks, wanted);
-    cut.parts = min64(most_parts, ceil_div(wanted, cut.chunks));
+    cut.chunks = even_cut(wanted, most_chunks);
+    cut.parts = even_cut(ceil_div(wanted, cut.chunks), most_parts);
   }
-  cut.chunk = ceil_div(ceil_div(pixels, kBlockPixels), cut.chunks) * kBlockPixels;
-  cut.chunks = ceil_div(pixels, cut.chunk);
+  cut.chunk = ceil_div(pixels, cut.chunks);
+  cut.block = ceil_div(cut.chunk, ceil_div(cut.chunk, kBlockPixels));
   return cut;
 }
 
@@ -52,7 +59,7 @@ struct WeightGradTask {
   Gather<T> gather;  // of the group
   const T* dy;
   int64_t dy_pixel, outputs;
-  int64_t pixel_begin, pixel_end, d_begin, d_end, panel_begin, panel_end;
+  int64_t pixel_begin, pixel_end, block, d_begin, d_end, panel_begin, panel_end;
   Accumulator<T>* sums;  // [panel][depth][kTileColumns] of the group
   T* dweight;            // of the group, where this task sums all pixels; or null
 };
@@ -90,16 +97,16 @@ void accumulate(const WeightGradTask<T>& t) {
   const bool in_place = t.gather.is_matrix() && t.gather.pixel < 512;
   const int64_t packed_step = ceil_div(t.d_end - t.d_begin, kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
   const int64_t step = in_place ? t.gather.pixel : packed_step;
-  Acc* packed = in_place ? nullptr : workspace<Acc>(Workspace::kA, kBlockPixels * step);
-  Acc* b = workspace<Acc>(Workspace::kB, kBlockPixels * kColumns);
+  Acc* packed = in_place ? nullptr : workspace<Acc>(Workspace::kA, t.block * step);
+  Acc* b = workspace<Acc>(Workspace::kB, t.block * kColumns);
   const int64_t depth = t.gather.depth(), d_count = t.d_end - t.d_begin;
   // Sums of a single block are done with at once, and stay in cache.
-  const bool single = t.dweight && t.pixel_end - t.pixel_begin <= kBlockPixels;
+  const bool single = t.dweight && t.pixel_end - t.pixel_begin <= t.block;
   Acc* single_sums = single ? workspace<Acc>(Workspace::kC, d_count * kColumns) : nullptr;
 
-  for (int64_t pixel = t.pixel_begin; pixel < t.pixel_end; pixel += kBlockPixels) {
-    const int64_t count = min64(t.pixel_end - pixel, kBlockPixels);
-    const int64_t next = pixel + count, next_count = min64(t.pixel_end - next, kBlockPixels);
+  for (int64_t pixel = t.pixel_begin; pixel < t.pixel_end; pixel += t.block) {
+    const int64_t count = min64(t.pixel_end - pixel, t.block);
+    const int64_t next = pixel + count, next_count = min64(t.pixel_end - next, t.block);
     const Acc* a = packed;
     if (in_place) {
       a = reinterpret_cast<const Acc*>(t.gather.source) + pixel * step + t.d_begin;
@@ -157,6 +164,7 @@ void weight_grad_gemm(const Conv2dParams& p) {
       const int64_t chunk = task / (cut.parts * cut.ranges * p.groups);
       WeightGradTask<T> t{gather.of_group(group), dy + group * outputs, p.y_pixel, outputs};
       t.pixel_begin = chunk * cut.chunk, t.pixel_end = min64(pixels, t.pixel_begin + cut.chunk);
+      t.block = cut.block;
       t.d_begin = range * cut.range, t.d_end = min64(depth, t.d_begin + cut.range);
       t.panel_begin = panels * part / cut.parts, t.panel_end = panels * (part + 1) / cut.parts;
       t.sums = sums + chunk * chunk_size + group * group_size;
