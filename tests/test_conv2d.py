@@ -151,7 +151,7 @@ def test_errors_are_like_torchs(case):
         reals(*weight_shape, dtype=torch.float32, seed=1),
         reals(weight_shape[0], dtype=torch.float32),
     )
-    dy = torch.randn_like(TORCH(x, weight, None, *geometry))
+    dy = reals(*TORCH(x, weight, None, *geometry).shape, dtype=torch.float32, seed=3)
     exact = with_gradients(TORCH, *(t.double() for t in (x, weight, bias)), geometry, dy.double())
     with backends.flags(winograd=False):
         ours = with_gradients(F.conv2d, x, weight, bias, geometry, dy)

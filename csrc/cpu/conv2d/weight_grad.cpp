@@ -19,8 +19,9 @@ struct WeightGradCut {
 
 namespace {
 
-constexpr int64_t kBlockPixels = 128;  // a panel of dy: 16 KiB, half of L1
-constexpr int64_t kRangeDepth = 448;   // x's block: 128 * 448 * 4 bytes = 224 KiB, a quarter of L2
+// A panel of dy: 8 KiB, a quarter of L1. A chain of sums, too: its error grows with the root of this.
+constexpr int64_t kBlockPixels = 64;
+constexpr int64_t kRangeDepth = 448;  // x's block: 64 * 448 * 4 bytes = 112 KiB, a quarter of a small L2
 constexpr int64_t kTasks = 8;
 constexpr int64_t kWorthATask = 200000;  // multiply-adds
 
