@@ -165,8 +165,39 @@ def test_no_layer_runs_twice():
             assert model(images(torch.float32)).shape[0] == 3
 
 
-def test_second_derivatives():
-    plain = build("bottlenecks")
+class Careless(nn.Module):
+    """A normalisation whose result nobody reads; sums in place, of a value with other readers and of a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.norm, self.other_norm = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.pair, self.unread = nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        out = self.norm(self.left(x))
+        out.add_(self.other_norm(self.right(x)))
+        both = self.pair(out)
+        self.unread(self.pair(out))
+        half = both[:, :4]
+        half += self.other_norm(self.right(x))
+        return both.relu()
+
+
+def test_layers_that_nobody_reads_and_sums_in_place():
+    torch.manual_seed(0)
+    plain = nn.Sequential(Careless(), head(8)).double()
+    fused = copy.deepcopy(plain)
+    for training in (True, False):
+        plain.train(training), fused.train(training)
+        cuda_cnn.fuse(fused)
+        assert_same(plain, fused, images())
+    assert fused[0].unread.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", ["bottlenecks", "dense"])
+def test_second_derivatives(name):
+    plain = build(name)
     fused = copy.deepcopy(plain)
     cuda_cnn.fuse(fused)
 

@@ -43,16 +43,15 @@ def test_pytorchs_suite_runs_on_our_kernels():
     assert "1-D convolution" in done.stdout
 
 
-def test_the_plugin_counts_and_can_be_limited(tmp_path):
+def test_the_plugin_can_be_limited_and_adds_up_its_processes(tmp_path):
     (tmp_path / "test_it.py").write_text(
-        "import torch\n"
-        "def test_it():\n"
+        "import pytest, torch\n"
+        "@pytest.mark.parametrize('i', [1, 2])\n"
+        "def test_it(i):\n"
         "    x = torch.ones(1, 2, 4, 4)\n"
         "    torch.nn.functional.conv2d(x, x)\n"
         "    torch.cat([x, x])\n"
     )
-    done = run_pytest(str(tmp_path), CUDA_CNN_OPS="conv2d,max_pool2d")
-    assert "1 calls reached cuda_cnn's kernels, 0 fell back" in done.stdout, done.stdout + done.stderr
-    assert "1  convolution\n" in done.stdout and "cat" not in done.stdout
-    done = run_pytest(str(tmp_path), "-n", "2")
-    assert "2 calls reached cuda_cnn's kernels" in done.stdout, done.stdout + done.stderr
+    done = run_pytest(str(tmp_path), "-n", "2", CUDA_CNN_OPS="conv2d,max_pool2d")
+    assert "2 calls reached cuda_cnn's kernels, 0 fell back" in done.stdout, done.stdout + done.stderr
+    assert "2  convolution\n" in done.stdout and "cat" not in done.stdout

@@ -157,6 +157,8 @@ class Rewriter:
     def run(self) -> fx.Graph:
         for node in self.old.nodes:
             self.values[node] = self.visit(node)
+            if not node.users:  # nobody reads it, but a norm moves its running statistics
+                self.tensor(self.values[node])
         place = {name: i for i, n in enumerate(self.old.nodes) for name in (n.name, str(n.target))}
         self.report.fused.sort(key=lambda row: place[row.layer])
         return self.new
@@ -294,6 +296,9 @@ class Rewriter:
 
     def add(self, node: fx.Node) -> Value:
         left, right = node.args
+        # In place, what is written must be a value of its own, which nobody else reads.
+        if self.writes(node) and not (len(left.users) == 1 and isinstance(self.values[left], Pending)):
+            return self.copy(node)
         for taker, other in ((left, right), (right, left)):
             if left is not right and self.absorbs(taker) and not self.values[taker].on_load:
                 return replace(self.values[taker], residual=self.values[other])

@@ -1,5 +1,6 @@
 """A network as a torch.fx graph: layers are its nodes; a part that cannot be followed is one node too."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,19 @@ class Untraceable(Exception):  # noqa: N818
     """Why a module's forward cannot be followed."""
 
 
+def _in_place(function: Callable) -> Callable:
+    return lambda a, b: a.tracer.create_proxy("call_function", function, (a, b), {})
+
+
+class _Proxy(fx.Proxy):
+    """Records `a += b` as what it is, which fx's own takes for `a = a + b`: another tensor may share a's memory."""
+
+    __iadd__ = _in_place(operator.iadd)
+    __isub__ = _in_place(operator.isub)
+    __imul__ = _in_place(operator.imul)
+    __itruediv__ = _in_place(operator.itruediv)
+
+
 class Tracer(fx.Tracer):
     """Follows containers; modules with parameters or hooks of their own are leaves, and so is what cannot be
     followed: `opaque` names those, with the reason."""
@@ -47,6 +61,9 @@ class Tracer(fx.Tracer):
             self.opaque[qualified_name] = "its forward is replaced"
         owns = any(True for _ in (*module.parameters(False), *module.buffers(False)))
         return owns or qualified_name in self.opaque
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def call_module(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         name = self.path_of_module(module)
