@@ -22,7 +22,7 @@ from cuda_cnn.ops import conv2d
 __all__ = ["Explanation", "Row", "explain"]
 
 ALGORITHMS = {
-    "winograd": "3×3 of stride 1 in float32: Winograd's minimal filtering",
+    "winograd": "3×3 or 5×5 of stride 1 in float32: Winograd's minimal filtering",
     "depthwise": "a filter for each channel: nothing to share between channels",
     "gemm": "matrix products on channels, the general case",
     "reference": "a plain loop: nothing faster computes this",

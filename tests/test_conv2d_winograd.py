@@ -18,6 +18,9 @@ WINOGRAD_CASES = {
     "groups": ((2, 36, 9, 10), (40, 18, 3, 3), (1, 1), 2),
     "filters over threads": ((1, 150, 14, 14), (96, 150, 3, 3), (1, 1), 1),
     "several blocks of tiles": ((2, 16, 60, 58), (16, 16, 3, 3), (1, 1), 1),
+    "5x5": ((2, 16, 14, 12), (48, 16, 5, 5), (2, 2), 1),
+    "5x5, ragged tiles, odd channels": ((1, 33, 13, 8), (21, 33, 5, 5), (0, 3), 1),
+    "5x5, groups, filters over threads": ((1, 300, 7, 7), (100, 150, 5, 5), (2, 2), 2),
 }
 
 
@@ -50,10 +53,19 @@ def test_winograd_does_not_know_how_many_threads(case):
         assert_bitwise(other[name], results[0][name], what=f"{name} of {case}")
 
 
+def test_a_weight_gradient_of_few_tiles_is_a_matrix_product():
+    shapes = (64, 7, 7), (64, 64, 3, 3)
+    for images, expected in ((1, "gemm"), (2, "winograd")):
+        x_shape = (images, *shapes[0])
+        assert algorithm("forward", x_shape, shapes[1], padding=(1, 1)) == "winograd"
+        assert algorithm("weight_grad", x_shape, shapes[1], padding=(1, 1)) == expected
+
+
 def test_winograd_is_chosen_where_it_may_be_and_can_be_switched_off():
     shapes = (2, 64, 28, 28), (64, 64, 3, 3)
     for direction in ("forward", "input_grad", "weight_grad"):
         assert algorithm(direction, *shapes, padding=(1, 1)) == "winograd"
+        assert algorithm(direction, (2, 16, 28, 28), (32, 16, 5, 5), padding=(2, 2)) == "winograd"
         assert algorithm(direction, *shapes, padding=(1, 1), dtype=torch.float64) == "gemm"
         assert algorithm(direction, *shapes, stride=(2, 2)) == "gemm"
         with backends.flags(winograd=False):

@@ -53,7 +53,7 @@ def conv2d(
         TypeError: a stride, padding, dilation or groups that is no whole number.
 
     LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, 1998, §II.A.
-    3×3 layers of stride 1 may use Winograd's minimal filtering (Lavin, Gray: Fast Algorithms for
+    3×3 and 5×5 layers of stride 1 may use Winograd's minimal filtering (Lavin, Gray: Fast Algorithms for
     Convolutional Neural Networks, 2016, §4), which rounds otherwise: see `cuda_cnn.backends`.
     """
     if not torch.compiler.is_compiling():

@@ -24,7 +24,7 @@ void input_grad_gemm(const Conv2dParams& p);
 template <class T>
 void weight_grad_gemm(const Conv2dParams& p);
 
-// conv2d/passes.cpp, winograd_weight_grad.cpp: 3x3 taps, stride 1, float32.
+// conv2d/passes.cpp, winograd_weight_grad.cpp: 3x3 or 5x5 taps, stride 1, float32.
 void forward_winograd(const Conv2dParams& p);
 void input_grad_winograd(const Conv2dParams& p);
 void weight_grad_winograd(const Conv2dParams& p);

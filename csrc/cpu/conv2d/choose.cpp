@@ -37,8 +37,8 @@ bool narrow_groups(const Conv2dParams& p) {
 bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   switch (algorithm) {
     case Conv2dAlgorithm::kWinograd:
-      return p.dtype == DType::kFloat32 && p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 &&
-             p.dilation_h == 1 && p.dilation_w == 1 && !empty_sum(direction, p);
+      return p.dtype == DType::kFloat32 && (p.R == 3 || p.R == 5) && p.S == p.R && p.stride_h == 1 &&
+             p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && !empty_sum(direction, p);
     case Conv2dAlgorithm::kDepthwise:
       return narrow_groups(p) && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kGemm:
@@ -51,11 +51,14 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
 }
 
 // Whether it is the fastest of those from here on.
-bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection, const Conv2dParams& p) {
+bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   // A single group, of a few channels, is a small matrix product.
   if (algorithm == Conv2dAlgorithm::kDepthwise) return p.groups > 1 || p.C == 1;
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;
-  // The transforms cost as much as some ten channels' products, and tiles of 4x4 must not be mostly edge.
+  // A weight gradient of a few tiles is mostly the way back of its sums, 36 for each filter and channel.
+  const int64_t tile = 7 - p.R, tiles = p.N * ceil_div(p.P, tile) * ceil_div(p.Q, tile);
+  if (direction == Conv2dDirection::kWeightGrad && tiles < 8) return false;
+  // The transforms cost as much as some ten channels' products, and tiles must not be mostly edge.
   return p.allow_winograd && p.C / p.groups >= 16 && p.K / p.groups >= 16 && p.P >= 4 && p.Q >= 4;
 }
 

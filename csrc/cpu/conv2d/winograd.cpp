@@ -1,4 +1,5 @@
-// Winograd's F(4x4,3x3), forward and input gradient: 36 products for 16 outputs where a direct sum takes 144.
+// Winograd's F(4x4,3x3) and F(2x2,5x5), forward and input gradient: 36 products for 16 outputs where a direct
+// sum takes 144, or for 4 where it takes 100.
 //   a block of tiles is transformed (V), 36 small matrix products with the transformed filters (U) give M,
 //   and the inverse transform adds bias and residual, rectifies and stores. V and M stay in L2 or near it:
 //   the transformed activations never exist as a whole.
@@ -23,18 +24,16 @@ constexpr int64_t kPad = 16;  // keeps the 36 streams of a transform off one ano
 CUDA_CNN_INLINE int64_t u_step(int64_t channels) { return channels * kColumns + kPad; }
 CUDA_CNN_INLINE int64_t v_tile_step(int64_t channels) { return ceil_div(channels, kLane) * kLane + kPad; }
 
-void transform_filters(const Filters<float>& filters, int64_t group, int64_t column, int64_t channels,
-                       float* u) {
-  float* panel = workspace<float>(Workspace::kC, filters.depth() * kColumns);
-  pack_filters(filters, group, column, panel);
+template <int kTaps>
+void transform_panel(const float* panel, int64_t channels, float* u) {
   for (int64_t c = 0; c < channels; ++c) {
     for (int j = 0; j < kTileVectors; ++j) {
-      V taps[3][3], points[6][6];
-      for (int r = 0; r < 3; ++r) {
-        for (int s = 0; s < 3; ++s)
-          taps[r][s] = load(panel + ((r * 3 + s) * channels + c) * kColumns + j * kLane);
+      V taps[kTaps][kTaps], points[6][6];
+      for (int r = 0; r < kTaps; ++r) {
+        for (int s = 0; s < kTaps; ++s)
+          taps[r][s] = load(panel + ((r * kTaps + s) * channels + c) * kColumns + j * kLane);
       }
-      winograd::both_sides(winograd::filter, points, taps);
+      winograd::both_sides(winograd::filter<kTaps>, points, taps);
       float* to = u + c * kColumns + j * kLane;
 #pragma GCC unroll 6
       for (int r = 0; r < 6; ++r) {
@@ -45,23 +44,32 @@ void transform_filters(const Filters<float>& filters, int64_t group, int64_t col
   }
 }
 
+void transform_filters(const Filters<float>& filters, int64_t group, int64_t column, int64_t channels,
+                       float* u) {
+  float* panel = workspace<float>(Workspace::kC, filters.depth() * kColumns);
+  pack_filters(filters, group, column, panel);
+  const auto transform = filters.R == 3 ? transform_panel<3> : transform_panel<5>;
+  transform(panel, channels, u);
+}
+
 // One vector of channels of one tile: m[point * point_step] to its outputs.
+template <int kOut>
 void transform_outputs(const Gather<float>& g, const Scatter<float>& to, const WinogradTile& tile,
                        const float* m, int64_t point_step, int64_t channel, int64_t left) {
-  V products[6][6], y[4][4];
+  V products[6][6], y[kOut][kOut];
 #pragma GCC unroll 6
   for (int i = 0; i < 6; ++i) {
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) products[i][j] = load(m + (i * 6 + j) * point_step);
   }
-  winograd::both_sides(winograd::output, y, products);
+  winograd::both_sides(winograd::output<kOut>, y, products);
   const bool whole = left >= kLane;
   const V bias = !to.bias ? V{} : whole ? load(to.bias + channel) : load_first(to.bias + channel, left);
   const int64_t pixel = (tile.n * to.H + tile.p) * to.W + tile.q;
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kOut; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kOut; ++j) {
       if (tile.p + i >= g.P || tile.q + j >= g.Q) continue;
       const int64_t at = pixel + i * to.W + j;
       V value = y[i][j] + bias;
@@ -93,10 +101,11 @@ void multiply_panel(const Gather<float>& g, const Scatter<float>& to, int64_t co
           {m + point * point_step + t * kColumns, kColumns, nullptr, false, false});
     }
   }
+  const auto transform = g.R == 3 ? transform_outputs<winograd_out(3)> : transform_outputs<winograd_out(5)>;
   for (int64_t t = 0; t < tiles; ++t) {
-    const WinogradTile tile = winograd_tile(begin + t, g.P, g.Q);
+    const WinogradTile tile = winograd_tile(g, begin + t);
     for (int64_t j = 0; j < min64(columns, kColumns); j += kLane) {
-      transform_outputs(g, to, tile, m + t * kColumns + j, point_step, channel + j, columns - j);
+      transform(g, to, tile, m + t * kColumns + j, point_step, channel + j, columns - j);
     }
   }
 }
@@ -185,7 +194,7 @@ void transform_inputs(const Gather<float>& g, int64_t begin, int64_t end, float*
                       int64_t tile_step) {
   static const float kZeros[kLane] = {};
   for (int64_t t = begin; t < end; ++t, out += tile_step) {
-    const WinogradTile tile = winograd_tile(t, g.P, g.Q);
+    const WinogradTile tile = winograd_tile(g, t);
     const float* pixels[6][6];
     int64_t step[6][6];  // 0 outside the image: the same zeros for every channel
     for (int i = 0; i < 6; ++i) {
@@ -233,7 +242,7 @@ void winograd_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* 
 void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter,
                         const Filters<float>& filters, int64_t N, int64_t groups) {
   for (int64_t group = 0; group < groups; ++group) {
-    Problem p{gather, scatter, filters, group, winograd_tiles(N, gather.P, gather.Q)};
+    Problem p{gather, scatter, filters, group, winograd_tiles(gather, N)};
     p.gather = p.gather.of_group(group);
     // A thread's V of a block is to fill half of a 1 MiB L2.
     const int64_t fits = 524288 / (kWinogradPoints * 4 * v_tile_step(gather.channels));

@@ -1,4 +1,5 @@
-// Correlations of 3x3 taps and stride 1 by Winograd's F(4x4,3x3): see winograd.cpp, winograd_transforms.h.
+// Correlations of 3x3 or 5x5 taps and stride 1 by Winograd's algorithm: see winograd.cpp,
+// winograd_transforms.h.
 #pragma once
 
 #include "cpu/conv2d/filters.h"
@@ -11,7 +12,7 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter,
                         const Filters<float>& filters, int64_t N, int64_t groups);
 
-// The 6x6 inputs of tiles [begin, end), each of 4x4 outputs, at the points:
+// The 6x6 inputs of tiles [begin, end) at the points:
 // out[point * point_step + (tile - begin) * tile_step + channel], zero up to a whole vector.
 void winograd_inputs(const Gather<float>& gather, int64_t begin, int64_t end, float* out, int64_t point_step,
                      int64_t tile_step);
@@ -19,12 +20,12 @@ void winograd_inputs(const Gather<float>& gather, int64_t begin, int64_t end, fl
 struct WinogradTile {
   int64_t n, p, q;  // of its first output
 };
-CUDA_CNN_INLINE WinogradTile winograd_tile(int64_t tile, int64_t P, int64_t Q) {
-  const int64_t rows = ceil_div(P, kWinogradOut), columns = ceil_div(Q, kWinogradOut);
-  return {tile / (rows * columns), tile / columns % rows * kWinogradOut, tile % columns * kWinogradOut};
+CUDA_CNN_INLINE WinogradTile winograd_tile(const Gather<float>& g, int64_t tile) {
+  const int64_t out = winograd_out(g.R), rows = ceil_div(g.P, out), columns = ceil_div(g.Q, out);
+  return {tile / (rows * columns), tile / columns % rows * out, tile % columns * out};
 }
-CUDA_CNN_INLINE int64_t winograd_tiles(int64_t N, int64_t P, int64_t Q) {
-  return N * ceil_div(P, kWinogradOut) * ceil_div(Q, kWinogradOut);
+CUDA_CNN_INLINE int64_t winograd_tiles(const Gather<float>& g, int64_t N) {
+  return N * ceil_div(g.P, winograd_out(g.R)) * ceil_div(g.Q, winograd_out(g.R));
 }
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

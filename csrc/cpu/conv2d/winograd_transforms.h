@@ -1,26 +1,30 @@
-// Winograd's F(4,3): four outputs of a three-tap correlation with six multiplications instead of twelve
-// (Lavin, Gray 2016). With x(t), w(t) as polynomials their product is fixed by its values at six points; here
-// 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2, which round better than 0, 1, -1, 2, -2.
+// Winograd's F(4,3) and F(2,5): four outputs of a three-tap correlation, or two of a five-tap one, with six
+// multiplications instead of twelve or ten (Lavin, Gray 2016). With x(t), w(t) as polynomials their product
+// is fixed by its values at six points; here 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2, which round
+// better than 0, 1, -1, 2, -2.
 //
-//   y = A^T [(G w) * (B^T x)]         6 values of x, 3 of w, 4 of y
+//   y = A^T [(G w) * (B^T x)]         6 values of x, 3 (5) of w, 4 (2) of y
 //   dw = G^T [(A dy) * (B^T x)]       its weight gradient
 //
-// Each function is one of these matrices times a column of vectors.
+// Each function is one of these matrices times a column of vectors. B is the same for both, and so is the
+// normalisation, which G holds.
 #pragma once
 
 #include "cpu/vec.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
-constexpr int kWinogradOut = 4, kWinogradIn = 6, kWinogradTaps = 3;
-constexpr int kWinogradPoints = kWinogradIn * kWinogradIn;
+constexpr int kWinogradIn = 6, kWinogradPoints = kWinogradIn * kWinogradIn;
+// Outputs of a tile, along one axis.
+constexpr int winograd_out(int taps) { return kWinogradIn + 1 - taps; }
 
 namespace winograd {
 
 using V = Vec<float>;
 
 constexpr float a = 0.75f, b = 1.5f;
-constexpr float a2 = a * a, b2 = b * b, a3 = a2 * a, b3 = b2 * b;
+constexpr float a2 = a * a, b2 = b * b;
+constexpr float a_to[] = {1, a, a2, a2 * a, a2 * a2}, b_to[] = {1, b, b2, b2 * b, b2 * b2};
 // The filter's normalisation at 0, at a and at b: one over the product of the distances to the other points.
 constexpr float at_0 = 1 / (a2 * b2), at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
 
@@ -39,45 +43,72 @@ CUDA_CNN_INLINE void input(V (&t)[6], const V (&x)[6]) {
   t[5] = plus_times(plus_times(x[5], -(a2 + b2), x[3]), a2 * b2, x[1]);
 }
 
-// A^T: six products to four outputs.
-CUDA_CNN_INLINE void output(V (&y)[4], const V (&m)[6]) {
-  const V even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
-  y[0] = m[0] + even_a + even_b;
-  y[1] = plus_times(times(a, odd_a), b, odd_b);
-  y[2] = plus_times(times(a2, even_a), b2, even_b);
-  y[3] = plus_times(plus_times(m[5], a3, odd_a), b3, odd_b);
+CUDA_CNN_INLINE void butterfly(V& sum, V& difference, V x, V y) {
+  sum = x + y;
+  difference = x - y;
 }
 
-// G: three taps to their values at the points.
-CUDA_CNN_INLINE void filter(V (&u)[6], const V (&w)[3]) {
-  const V even_a = plus_times(times(at_a, w[0]), at_a * a2, w[2]), odd_a = times(at_a * a, w[1]);
-  const V even_b = plus_times(times(at_b, w[0]), at_b * b2, w[2]), odd_b = times(at_b * b, w[1]);
-  u[0] = times(at_0, w[0]);
-  u[1] = even_a + odd_a;
-  u[2] = even_a - odd_a;
-  u[3] = even_b + odd_b;
-  u[4] = even_b - odd_b;
-  u[5] = w[2];
+// A^T: six products to the outputs.
+template <int kOut>
+CUDA_CNN_INLINE void output(V (&y)[kOut], const V (&m)[6]) {
+  V of_a[2], of_b[2];
+  butterfly(of_a[0], of_a[1], m[1], m[2]);
+  butterfly(of_b[0], of_b[1], m[3], m[4]);
+#pragma GCC unroll 4
+  for (int i = 0; i < kOut; ++i) {
+    const V product = i == 0          ? m[0] + of_a[0]
+                      : i == kOut - 1 ? plus_times(m[5], a_to[i], of_a[i % 2])
+                                      : times(a_to[i], of_a[i % 2]);
+    y[i] = plus_times(product, b_to[i], of_b[i % 2]);
+  }
 }
 
-// A: four output gradients to the points.
-CUDA_CNN_INLINE void output_transposed(V (&m)[6], const V (&y)[4]) {
-  const V even_a = plus_times(y[0], a2, y[2]), odd_a = plus_times(times(a, y[1]), a3, y[3]);
-  const V even_b = plus_times(y[0], b2, y[2]), odd_b = plus_times(times(b, y[1]), b3, y[3]);
-  m[0] = y[0];
-  m[1] = even_a + odd_a;
-  m[2] = even_a - odd_a;
-  m[3] = even_b + odd_b;
-  m[4] = even_b - odd_b;
-  m[5] = y[3];
+// The sums over the even and the odd of the `kCount` powers of a point x: factor * x^i * v[i].
+template <int kCount>
+CUDA_CNN_INLINE void powers(V (&parts)[2], float factor, const float (&x_to)[5], const V (&v)[kCount]) {
+  parts[0] = times(factor, v[0]);
+  parts[1] = times(factor * x_to[1], v[1]);
+#pragma GCC unroll 3
+  for (int i = 2; i < kCount; ++i) parts[i % 2] = plus_times(parts[i % 2], factor * x_to[i], v[i]);
 }
 
-// G^T: six products to three taps.
-CUDA_CNN_INLINE void filter_transposed(V (&w)[3], const V (&u)[6]) {
-  const V even_a = u[1] + u[2], odd_a = u[1] - u[2], even_b = u[3] + u[4], odd_b = u[3] - u[4];
-  w[0] = plus_times(plus_times(times(at_0, u[0]), at_a, even_a), at_b, even_b);
-  w[1] = plus_times(times(at_a * a, odd_a), at_b * b, odd_b);
-  w[2] = plus_times(plus_times(u[5], at_a * a2, even_a), at_b * b2, even_b);
+// The values of a polynomial at the points; at 0, a and b times a factor.
+template <int kCount>
+CUDA_CNN_INLINE void evaluate(V (&u)[6], float factor_0, float factor_a, float factor_b,
+                              const V (&v)[kCount]) {
+  V of_a[2], of_b[2];
+  powers(of_a, factor_a, a_to, v);
+  powers(of_b, factor_b, b_to, v);
+  u[0] = times(factor_0, v[0]);
+  butterfly(u[1], u[2], of_a[0], of_a[1]);
+  butterfly(u[3], u[4], of_b[0], of_b[1]);
+  u[5] = v[kCount - 1];
+}
+
+// G: the taps to their values at the points.
+template <int kTaps>
+CUDA_CNN_INLINE void filter(V (&u)[6], const V (&w)[kTaps]) {
+  evaluate(u, at_0, at_a, at_b, w);
+}
+
+// A: output gradients to the points.
+template <int kOut>
+CUDA_CNN_INLINE void output_transposed(V (&m)[6], const V (&y)[kOut]) {
+  evaluate(m, 1, 1, 1, y);
+}
+
+// G^T: six products to the taps.
+template <int kTaps>
+CUDA_CNN_INLINE void filter_transposed(V (&w)[kTaps], const V (&u)[6]) {
+  V of_a[2], of_b[2];
+  butterfly(of_a[0], of_a[1], u[1], u[2]);
+  butterfly(of_b[0], of_b[1], u[3], u[4]);
+#pragma GCC unroll 5
+  for (int i = 0; i < kTaps; ++i) {
+    w[i] = plus_times(times(at_a * a_to[i], of_a[i % 2]), at_b * b_to[i], of_b[i % 2]);
+  }
+  w[0] = plus_times(w[0], at_0, u[0]);
+  w[kTaps - 1] += u[5];
 }
 
 // A square of vectors through one of these matrices on both sides: to = M from M^T.

@@ -1,7 +1,7 @@
-// Weight gradient by Winograd's F(4,3), transposed: at each of the 36 points, dU = sum over tiles of V^T * M,
-// with V the transformed inputs as in winograd.cpp and M the transformed 4x4 output gradients; then the 36
-// points of dU give the 9 taps. Blocks of tiles follow one another, and points and panels go over the
-// threads: every sum has one order.
+// Weight gradient by Winograd's F(4,3) or F(2,5), transposed: at each of the 36 points, dU = sum over tiles
+// of V^T * M, with V the transformed inputs as in winograd.cpp and M the transformed output gradients of a
+// tile; then the 36 points of dU give the taps. Blocks of tiles follow one another, and points and panels go
+// over the threads: every sum has one order.
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/winograd.h"
 
@@ -23,25 +23,26 @@ struct Sums {
   int64_t u_point, u_panel;  // steps of dU [panel][point][channel][kTileColumns]
 };
 
-// The 4x4 output gradients of tiles [begin, end) at the points, into M from its tile `at` on.
+// The output gradients of tiles [begin, end) at the points, into M from its tile `at` on.
+template <int kOut>
 void transform_gradients(const Sums& w, int64_t begin, int64_t end, float* m, int64_t at) {
   const Gather<float>& g = w.gather;
   for (int64_t t = begin; t < end; ++t, ++at) {
-    const WinogradTile tile = winograd_tile(t, g.P, g.Q);
+    const WinogradTile tile = winograd_tile(g, t);
     const float* dy = w.dy + ((tile.n * g.P + tile.p) * g.Q + tile.q) * w.dy_pixel;
     for (int64_t k = 0; k < w.panels * kColumns; k += kLane) {
       const int64_t left = w.outputs - k;
-      V y[4][4], points[6][6];
+      V y[kOut][kOut], points[6][6];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kOut; ++i) {
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < kOut; ++j) {
           const float* from = dy + (i * g.Q + j) * w.dy_pixel + k;
           const bool inside = tile.p + i < g.P && tile.q + j < g.Q && left > 0;
           y[i][j] = !inside ? V{} : left >= kLane ? load(from) : load_first(from, left);
         }
       }
-      winograd::both_sides(winograd::output_transposed, points, y);
+      winograd::both_sides(winograd::output_transposed<kOut>, points, y);
       float* to = m + k / kColumns * w.m_panel + at * kColumns + k % kColumns;
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) {
@@ -53,21 +54,22 @@ void transform_gradients(const Sums& w, int64_t begin, int64_t end, float* m, in
 }
 
 // The taps [tap][channel][kTileColumns] of one panel of dU.
+template <int kTaps>
 void transform_sums(const Sums& w, const float* u, float* taps) {
   const int64_t channels = w.gather.channels;
   for (int64_t c = 0; c < channels; ++c) {
     for (int j = 0; j < kTileVectors; ++j) {
-      V points[6][6], result[3][3];
+      V points[6][6], result[kTaps][kTaps];
       const float* from = u + c * kColumns + j * kLane;
 #pragma GCC unroll 6
       for (int r = 0; r < 6; ++r) {
 #pragma GCC unroll 6
         for (int s = 0; s < 6; ++s) points[r][s] = load(from + (r * 6 + s) * w.u_point);
       }
-      winograd::both_sides(winograd::filter_transposed, result, points);
-      for (int r = 0; r < 3; ++r) {
-        for (int s = 0; s < 3; ++s)
-          store(taps + ((r * 3 + s) * channels + c) * kColumns + j * kLane, result[r][s]);
+      winograd::both_sides(winograd::filter_transposed<kTaps>, result, points);
+      for (int r = 0; r < kTaps; ++r) {
+        for (int s = 0; s < kTaps; ++s)
+          store(taps + ((r * kTaps + s) * channels + c) * kColumns + j * kLane, result[r][s]);
       }
     }
   }
@@ -85,16 +87,17 @@ void multiply_point(const Sums& w, int64_t point, int64_t panel, const float* v,
   }
 }
 
+template <int kTaps>
 void group_weight_grad(const Sums& w, float* dweight) {
   const int64_t v_size = kWinogradPoints * w.v_point, m_size = kWinogradPoints * w.m_point;
-  const int64_t channels = w.gather.channels, filter = 9 * channels;
+  const int64_t channels = w.gather.channels, filter = kTaps * kTaps * channels;
   float* v = workspace<float>(Workspace::kShared, v_size + m_size + w.panels * w.u_panel);
   float *m = v + v_size, *u = m + m_size;
   for (int64_t begin = 0; begin < w.tiles; begin += w.block) {
     const int64_t tiles = min64(w.block, w.tiles - begin);
     parallel_for(tiles, 4, [&](int64_t first, int64_t last) {
       winograd_inputs(w.gather, begin + first, begin + last, v + first * w.v_tile, w.v_point, w.v_tile);
-      transform_gradients(w, begin + first, begin + last, m, first);
+      transform_gradients<winograd_out(kTaps)>(w, begin + first, begin + last, m, first);
     });
     parallel_for(w.panels * kWinogradPoints, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -105,7 +108,7 @@ void group_weight_grad(const Sums& w, float* dweight) {
   parallel_for(w.panels, 1, [&](int64_t first, int64_t last) {
     float* taps = workspace<float>(Workspace::kC, filter * kColumns);
     for (int64_t panel = first; panel < last; ++panel) {
-      transform_sums(w, u + panel * w.u_panel, taps);
+      transform_sums<kTaps>(w, u + panel * w.u_panel, taps);
       unpack_panel_transposed(taps, w.outputs - panel * kColumns, filter, dweight + panel * kColumns * filter,
                               filter);
     }
@@ -116,8 +119,12 @@ void group_weight_grad(const Sums& w, float* dweight) {
 
 void weight_grad_winograd(const Conv2dParams& p) {
   const int64_t channels = p.C / p.groups, outputs = p.K / p.groups;
-  Sums w{forward_gather<float>(p),    static_cast<const float*>(p.dy), p.y_pixel, outputs,
-         ceil_div(outputs, kColumns), winograd_tiles(p.N, p.P, p.Q)};
+  Sums w{forward_gather<float>(p),
+         static_cast<const float*>(p.dy),
+         p.y_pixel,
+         outputs,
+         ceil_div(outputs, kColumns),
+         winograd_tiles(forward_gather<float>(p), p.N)};
   w.v_tile = ceil_div(channels, kLane) * kLane + kPad;
   // V and M of a block stay in two L2 of 1 MiB; but dU passes through memory for each block, so they are not
   // too short.
@@ -131,7 +138,8 @@ void weight_grad_winograd(const Conv2dParams& p) {
     Sums of_group = w;
     of_group.gather = w.gather.of_group(group);
     of_group.dy += group * outputs;
-    group_weight_grad(of_group, static_cast<float*>(p.dweight) + group * outputs * 9 * channels);
+    const auto run = p.R == 3 ? group_weight_grad<3> : group_weight_grad<5>;
+    run(of_group, static_cast<float*>(p.dweight) + group * outputs * p.R * p.S * channels);
   }
 }
 
