@@ -26,6 +26,10 @@ ALGORITHMS = {
     "depthwise": "a filter for each channel: nothing to share between channels",
     "gemm": "matrix products on channels, the general case",
     "reference": "a plain loop: nothing faster computes this",
+    # CUDA: csrc/cuda/conv2d/plan.h
+    "product": "an implicit matrix product, the general case; tile, and how its operands are loaded",
+    "few_channels": "all outputs of a pixel in one thread: a product's tile would be mostly empty",
+    "direct": "the formula, one thread a result: nothing faster computes this",
 }
 # What runs forward, of PyTorch's operators that have a counterpart here.
 TORCH_OPERATORS = {
@@ -164,7 +168,7 @@ class _Watcher(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         if name == "_to_copy" and output.dtype != args[0].dtype:
             self.casts.append((f"{_short(args[0].dtype)}→{_short(output.dtype)}", _bytes(output)))
-        elif space == "cuda_cnn" and not name.startswith("conv2d_algorithm"):
+        elif space == "cuda_cnn" and not name.startswith(("conv2d_algorithm", "conv2d_cuda_kernel")):
             x = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
             y = output[0] if isinstance(output, (list, tuple)) else output
             algorithm, reason = _algorithm(args) if name == "conv2d" else ("", "")
@@ -232,14 +236,12 @@ def _untouched(model: Module) -> Iterator[None]:
 def _algorithm(args: Any) -> tuple[str, str]:
     """(y / dx / dw, the reason of the first) for the arguments of conv2d."""
     x, weight, _, *geometry, groups = args
-    if x.device.type == "cuda":
-        return "", "CUDA: csrc/cuda/conv2d/plan.cu chooses at launch"
     lists = [list(v) * (2 // len(v)) for v in geometry]
     names = [
-        conv2d.algorithm(direction, x.shape, weight.shape, *lists, groups, x.dtype)
+        conv2d.algorithm(direction, x.shape, weight.shape, *lists, groups, x.dtype, x.device.type)
         for direction in ("forward", "input_grad", "weight_grad")
     ]
-    return "/".join(names), ALGORITHMS.get(names[0], "")
+    return "/".join(names), ALGORITHMS.get(names[0].split()[0], "")
 
 
 def _copies(operator: str, args: Any, y: Tensor | None) -> list[tuple[str, int]]:

@@ -35,7 +35,7 @@ extern "C" void plan_of(int direction, int dtype, int tf32, const int64_t* n, in
   for (int64_t value : values) *out++ = value;
 }
 """
-DIRECT, DEPTHWISE, PRODUCT = range(3)
+DIRECT, DEPTHWISE, FEW_CHANNELS, PRODUCT = range(4)
 ASYNC, MAPPED, SCALAR = range(3)
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = range(3)
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = range(4)
@@ -113,8 +113,25 @@ def test_stems_are_rearranged(planner, dtype):
         assert (resnet.load, resnet.taps_h, resnet.channels) == (ASYNC, 4, {8: 16, 4: 12}[pack])
     vgg = plan(planner, FORWARD, dtype, Sizes(64, 3, 224, 224, 64, 3, 3, (1, 1), (1, 1)))
     assert (vgg.load, vgg.taps_h, vgg.channels) == (ASYNC, 3, {8: 8, 4: 4}[pack])
-    lenet = plan(planner, FORWARD, dtype, Sizes(256, 1, 32, 32, 6, 5, 5))
-    assert (lenet.method, lenet.load, lenet.channels) == (PRODUCT, SCALAR, 0)
+    gray = plan(planner, FORWARD, dtype, Sizes(256, 1, 32, 32, 32, 5, 5))
+    assert (gray.method, gray.load, gray.channels) == (PRODUCT, SCALAR, 0)
+
+
+@pytest.mark.parametrize("direction", [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT])
+def test_few_channels(planner, direction):
+    def method(sizes, dtype, **options):
+        return plan(planner, direction, dtype, sizes, **options).method
+
+    c1, c3, c5 = (Sizes(256, c, n, n, k, 5, 5) for c, n, k in ((1, 32, 6), (6, 14, 16), (16, 5, 120)))
+    for dtype in BYTES:
+        assert method(c1, dtype) == method(c3, dtype) == FEW_CHANNELS and method(c5, dtype) == PRODUCT
+        assert method(Sizes(128, 3, 32, 32, 16, 3, 3, (1, 1), (1, 1)), dtype) == FEW_CHANNELS
+        assert method(c3._replace(groups=2), dtype) == PRODUCT  # one group a filter
+        assert method(c3._replace(k=17), dtype) == method(c3._replace(c=9), dtype) == PRODUCT
+        assert method(Sizes(1, 8, 40, 40, 16, 6, 6), dtype) == PRODUCT  # no room for the weights
+    wide = c3._replace(c=8)  # three quarters of the tensor cores' columns empty, and yet faster
+    assert method(wide, BFLOAT16) == method(wide, FLOAT32) == PRODUCT
+    assert method(wide, FLOAT32, tf32=False) == method(wide, FLOAT64) == FEW_CHANNELS
 
 
 def test_kernels_of_the_networks_layers(planner):
@@ -176,6 +193,9 @@ def test_32_bit_arithmetic_and_grids_hold_what_they_are_given(
     assert n * h * w < below and n * p * q < below
     if chosen.method == DEPTHWISE:
         assert groups == c == k and -(-c // 16) <= 65535
+        return
+    if chosen.method == FEW_CHANNELS:
+        assert groups == 1 and c <= 8 and k <= 16 and kernel[0] * kernel[1] * max(16 * c, 8 * k) <= 4096
         return
     assert chosen.tile_rows in (64, 128) and chosen.tile_columns in (64, 128)
     assert c // groups * kernel[0] * kernel[1] < below and k // groups * kernel[0] * kernel[1] < below

@@ -21,6 +21,14 @@ CASES = {
 }
 VARIANTS = [("128x128", "async"), ("128x64", "async"), ("64x64", "async")]
 VARIANTS += [("", load) for load in ("mapped", "scalar", "rearranged")]
+KERNELS = ["direct", "depthwise", "few_channels", "product"]
+FEW = {
+    "lenet c1": ((2, 1, 12, 13), (6, 1, 5, 5), 1, 0, 1),
+    "lenet c3": ((3, 6, 14, 14), (16, 6, 5, 5), 1, 0, 1),
+    "strided": ((1, 8, 9, 10), (9, 8, 3, 4), (2, 3), (1, 2), 1),
+    "one": ((1, 2, 1, 1), (1, 2, 1, 1), 1, 0, 1),
+    "no pixel twice": ((40, 5, 5, 7), (3, 5, 2, 3), (3, 4), 0, 1),
+}
 DEVICES = ["cuda_emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 CHANNELS_LAST = torch.channels_last
 
@@ -79,6 +87,36 @@ def test_every_variant_is_exact(monkeypatch, where, dtype, case, variant):
     actual = run(case, dtype, "cuda" if where == "cuda" else "cpu", races=True, bounds=True)
     for name, a, e in zip(("y", "dx", "dweight"), actual, expected(case, dtype), strict=True):
         assert_bitwise(a, e, what=f"{name} of {case}, {tile or load}")
+
+
+@pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", FEW)
+def test_every_kernel_is_exact(monkeypatch, where, dtype, case, kernel):
+    """A kernel that cannot take the case leaves it to another: those that can are in the plan's tests."""
+    monkeypatch.setitem(CASES, case, FEW[case])
+    monkeypatch.setenv("CUDA_CNN_CONV2D_KERNEL", kernel)
+    actual = run(case, dtype, "cuda" if where == "cuda" else "cpu", races=True, bounds=True)
+    for name, a, e in zip(("y", "dx", "dweight"), actual, expected(case, dtype), strict=True):
+        assert_bitwise(a, e, what=f"{name} of {case}, {kernel}")
+
+
+def test_kernels_in_words(monkeypatch):
+    try:
+        with emulated():
+            name = torch.ops.cuda_cnn_emulated.conv2d_cuda_kernel
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+    def words(c: int, k: int, kernel: int, dtype: torch.dtype) -> str:
+        return name("forward", [256, c, 28, 28], [k, c, kernel, kernel], [1, 1], [0, 0], [1, 1], 1, dtype)
+
+    assert words(6, 16, 5, torch.float32) == "few_channels"
+    assert words(64, 64, 3, torch.bfloat16) == "product 128x64, async, tensor cores"
+    assert words(3, 64, 7, torch.bfloat16) == "product 128x64, rearranged, tensor cores"
+    assert words(64, 64, 3, torch.float64) == "product 64x64, scalar"
+    monkeypatch.setenv("CUDA_CNN_CONV2D_KERNEL", "direct")
+    assert words(64, 64, 3, torch.bfloat16) == "direct"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -60,6 +60,19 @@ def test_binary_holds_every_file_for_every_architecture():
             assert any(re.search(pattern, name) for name in held), (file, architecture, held)
 
 
+@with_cuda
+def test_explain_names_the_kernels():
+    """Of tensors on a GPU that need not be there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from cuda_cnn.explain import _algorithm
+
+    with FakeTensorMode():
+        x, weight = (torch.empty(*shape, device="cuda") for shape in ((2, 6, 14, 14), (16, 6, 5, 5)))
+        names, reason = _algorithm((x, weight, None, [1, 1], [0, 0], [1, 1], 1))
+    assert names == "few_channels/few_channels/few_channels" and "mostly empty" in reason
+
+
 FORBIDDEN = (
     r"cuda(Malloc|Free|Memcpy)\w*|cuda(Device|Stream|Event)Synchronize|<<<|__shared__|\basm\b|atomic\w+\("
 )

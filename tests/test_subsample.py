@@ -159,7 +159,8 @@ def test_results_do_not_depend_on_threads(layout):
 @pytest.mark.parametrize("squash", SQUASHES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_derivatives(device, squash, layout):
-    for shape, kernel_size in [((2, 3, 5, 4), 2), ((2, 4, 3), (1, 2))]:
+    # A row left over; several windows of a plane, and a column left over.
+    for shape, kernel_size in [((2, 2, 3, 2), 2), ((2, 2, 3), (1, 2))]:
         x, *channels = (t.to(device) for t in arguments(shape, torch.float64))
         tensors = [t.requires_grad_() for t in (lay_out(x, layout), *channels)]
 

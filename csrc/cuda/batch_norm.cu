@@ -59,10 +59,10 @@ void forward(const BatchNormParams& p, Stream stream) {
   const Workspace<A> workspace(p.workspace, s.channels);
   const Terms<T> terms{static_cast<const T*>(p.x), nullptr, nullptr, false};
   if (p.training) reduce<T, kPack, false>(s, terms, workspace, stream);
-  launch(finish_forward<A>, grid_of(s.channels, kFinishChannels), kFinishChannels * kFinishLines,
+  launch(finish_forward<A>, ceil_div(s.channels, kFinishChannels), kFinishChannels * kFinishLines,
          sizeof(FinishShared), stream, p, parts_of(s), part_size(s), workspace);
   const int64_t packs = s.per_channel() * s.channels / kPack;
-  launch(apply_forward<T, kPack>, grid_of(packs, kThreads), kThreads, 0, stream, p, packs, workspace);
+  launch(apply_forward<T, kPack>, ceil_div(packs, kThreads), kThreads, 0, stream, p, packs, workspace);
 }
 
 }  // namespace

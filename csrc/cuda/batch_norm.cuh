@@ -139,8 +139,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int kLanes = kRowLanes<kPack>, kLines = kThreads / kLanes, kColumns = kLanes * kPack;
   auto& shared = shared_storage<RowsShared<A, kLines, kColumns>>();
   const int lane = threadIdx.x % kLanes, line = threadIdx.x / kLanes;
-  const int64_t first_channel = int64_t{blockIdx.y} * kColumns, channel = first_channel + lane * kPack;
-  const int64_t first_row = int64_t{blockIdx.x} * kPartRows, count = min64(kPartRows, rows - first_row);
+  // Stretches of channels first, parts of rows next: both may be more than a grid's y holds.
+  const auto stretches = static_cast<unsigned>(ceil_div(channels, kColumns));
+  const int64_t part = blockIdx.x / stretches, first_channel = int64_t{blockIdx.x % stretches} * kColumns;
+  const int64_t channel = first_channel + lane * kPack;
+  const int64_t first_row = part * kPartRows, count = min64(kPartRows, rows - first_row);
   A mean[kPack] = {}, scale[kPack] = {}, shift[kPack] = {}, first[kPack] = {}, second[kPack] = {};
   if constexpr (!kBackward)
     find_pivots(shared, terms.x + first_row * channels, channels, first_channel, count);
@@ -172,8 +175,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     b += shared.second[other][column];
   }
   const A pivot = kBackward ? A(0) : shared.pivot[column];
-  store_partial<kBackward>(workspace.partials + (blockIdx.x * channels + first_channel + column) * 2, a, b,
-                           pivot, count);
+  store_partial<kBackward>(workspace.partials + (part * channels + first_channel + column) * 2, a, b, pivot,
+                           count);
 }
 
 template <class A>
@@ -283,24 +286,18 @@ __device__ __forceinline__ int64_t channel_of(const BatchNormShape& s, int64_t i
 
 // ---- launchers ----
 
-inline dim3 grid_of(int64_t threads, int64_t block) {
-  return dim3(static_cast<unsigned>(ceil_div(threads, block)));
-}
-
 template <class T, int kPack, bool kBackward>
 void reduce(const BatchNormShape& s, const Terms<T>& terms, const Workspace<Accumulator<T>>& workspace,
             Stream stream) {
   using A = Accumulator<T>;
   if (s.channels_last) {
     constexpr int kLanes = kRowLanes<kPack>, kColumns = kLanes * kPack;
-    const dim3 grid(static_cast<unsigned>(parts_of(s)),
-                    static_cast<unsigned>(ceil_div(s.channels, kColumns)));
-    launch(reduce_rows<T, kPack, kBackward>, grid, kThreads,
+    launch(reduce_rows<T, kPack, kBackward>, parts_of(s) * ceil_div(s.channels, kColumns), kThreads,
            sizeof(RowsShared<A, kThreads / kLanes, kColumns>), stream, s.per_channel(), s.channels, terms,
            workspace);
   } else {
-    launch(reduce_planes<T, kPack, kBackward>, dim3(static_cast<unsigned>(parts_of(s) * s.channels)),
-           kThreads, sizeof(PlanesShared<A>), stream, s, parts_of(s), terms, workspace);
+    launch(reduce_planes<T, kPack, kBackward>, parts_of(s) * s.channels, kThreads, sizeof(PlanesShared<A>),
+           stream, s, parts_of(s), terms, workspace);
   }
 }
 

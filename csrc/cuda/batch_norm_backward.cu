@@ -79,13 +79,13 @@ void backward(const BatchNormBackwardParams& p, Stream stream) {
   const Workspace<A> workspace(p.workspace, s.channels);
   const Terms<T> terms{static_cast<const T*>(p.x), static_cast<const T*>(p.dy), static_cast<const T*>(p.y),
                        p.relu};
-  launch(prepare_backward<A>, grid_of(s.channels, kThreads), kThreads, 0, stream, p, workspace);
+  launch(prepare_backward<A>, ceil_div(s.channels, kThreads), kThreads, 0, stream, p, workspace);
   reduce<T, kPack, true>(s, terms, workspace, stream);
-  launch(finish_backward<A>, grid_of(s.channels, kFinishChannels), kFinishChannels * kFinishLines,
+  launch(finish_backward<A>, ceil_div(s.channels, kFinishChannels), kFinishChannels * kFinishLines,
          sizeof(FinishShared), stream, p, parts_of(s), workspace);
   if (!p.dx && !p.dresidual) return;
   const int64_t packs = s.per_channel() * s.channels / kPack;
-  launch(apply_backward<T, kPack>, grid_of(packs, kThreads), kThreads, 0, stream, p, packs, workspace);
+  launch(apply_backward<T, kPack>, ceil_div(packs, kThreads), kThreads, 0, stream, p, packs, workspace);
 }
 
 }  // namespace

@@ -43,10 +43,10 @@ void copy_parts(const ConcatParams& p, Stream stream) {
       longest = max64(longest, parts.part[i].bytes);
     }
     const int64_t threads = p.rows * (longest / int64_t{sizeof(Unit)});
-    const dim3 grid(static_cast<unsigned>(ceil_div(threads, kThreads)), static_cast<unsigned>(count));
     const auto kernel =
         threads < (int64_t{1} << 32) - kThreads ? copy_rows<Unit, uint32_t> : copy_rows<Unit, uint64_t>;
-    launch(kernel, grid, kThreads, 0, stream, parts, static_cast<char*>(p.output), p.row_stride, p.rows);
+    launch(kernel, {ceil_div(threads, kThreads), count}, kThreads, 0, stream, parts,
+           static_cast<char*>(p.output), p.row_stride, p.rows);
   }
 }
 

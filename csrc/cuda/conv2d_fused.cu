@@ -50,7 +50,10 @@ __global__ void __launch_bounds__(kThreads)
   using A = Accumulator<T>;
   auto& shared = shared_storage<SumsShared<A>>();
   const int column = threadIdx.x % kColumns, line = threadIdx.x / kColumns;
-  const int64_t c = int64_t{blockIdx.y} * kColumns + column, first = int64_t{blockIdx.x} * kPartPixels;
+  // Stretches of channels first, parts of pixels next: both may be more than a grid's y holds.
+  const auto stretches = static_cast<unsigned>(ceil_div(p.channels, kColumns));
+  const int64_t part = blockIdx.x / stretches, first = part * kPartPixels;
+  const int64_t c = int64_t{blockIdx.x % stretches} * kColumns + column;
   const bool exists = c < p.channels;
   const int64_t last = exists ? min64(p.pixels, first + kPartPixels) : 0;
   const A scale = p.scale && exists ? static_cast<const A*>(p.scale)[c] : A(1);
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
     sum_g += shared.g[other][column];
     sum_gx += shared.gx[other][column];
   }
-  A* out = partials + (blockIdx.x * p.channels + c) * 2;
+  A* out = partials + (part * p.channels + c) * 2;
   out[0] = sum_g;
   out[1] = sum_gx;
 }
@@ -95,8 +98,6 @@ __global__ void __launch_bounds__(kThreads)
   sum_g[c] = static_cast<A>(g);
   sum_gx[c] = static_cast<A>(gx);
 }
-
-unsigned blocks(int64_t threads) { return static_cast<unsigned>(ceil_div(threads, kThreads)); }
 
 template <class T>
 bool whole_packs(const ChannelMapParams& p) {
@@ -122,9 +123,9 @@ void channel_map(const ChannelMapParams& p, Stream stream) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (whole_packs<T>(p)) {
-      launch(map<T, 4>, blocks(p.pixels * p.channels / 4), kThreads, 0, stream, p);
+      launch(map<T, 4>, ceil_div(p.pixels * p.channels / 4, kThreads), kThreads, 0, stream, p);
     } else {
-      launch(map<T, 1>, blocks(p.pixels * p.channels), kThreads, 0, stream, p);
+      launch(map<T, 1>, ceil_div(p.pixels * p.channels, kThreads), kThreads, 0, stream, p);
     }
   });
 }
@@ -137,10 +138,10 @@ void channel_map_grad(const ChannelMapGradParams& p, Stream stream) {
     using T = decltype(type);
     using A = Accumulator<T>;
     A* partials = static_cast<A*>(p.workspace);
-    const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(ceil_div(p.channels, kColumns)));
-    launch(gradient<T>, grid, kThreads, sizeof(SumsShared<A>), stream, p, partials);
+    launch(gradient<T>, parts * ceil_div(p.channels, kColumns), kThreads, sizeof(SumsShared<A>), stream, p,
+           partials);
     if (!p.sum_g) return;
-    launch(finish_sums<A>, blocks(p.channels), kThreads, 0, stream, parts, p.channels, partials,
+    launch(finish_sums<A>, ceil_div(p.channels, kThreads), kThreads, 0, stream, parts, p.channels, partials,
            static_cast<A*>(p.sum_g), static_cast<A*>(p.sum_gx));
   });
 }

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/grid.h"
 #include "kernels/host_device.h"
 
 namespace cuda_cnn::cuda {
@@ -49,18 +50,23 @@ inline void check(cudaError_t error, const char* what) {
 
 // Starts kernel(args...) on the stream; throws std::runtime_error where the launch is refused.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes, Stream stream,
             Arguments... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments));
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.empty()) return;
+  if (!grid.fits()) {
+    throw std::runtime_error("kernel launch: more blocks than a grid may have, " + std::to_string(grid.x) +
+                             " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z));
+  }
   if (shared_bytes > 48 * 1024) {  // more than the default limit must be asked for
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared_bytes)),
           "shared memory of a kernel");
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
+  config.gridDim =
+      dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "kernel launch");

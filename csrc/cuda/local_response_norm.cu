@@ -290,9 +290,8 @@ void launch_packs(const LocalResponseNormParams& p, Stream stream) {
   const uint32_t per_pixel = static_cast<uint32_t>(p.channels / kPackSize<T>);
   const uint32_t packs = static_cast<uint32_t>(p.outer * per_pixel);
   const int64_t blocks = ceil_div(packs, int64_t{kUsefulLanes} * kWarps);
-  launch(lrn_packs<T, kBackward>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream,
-         Constants<float>(p), packs, per_pixel, static_cast<const T*>(p.x), static_cast<const T*>(p.dy),
-         static_cast<T*>(p.out));
+  launch(lrn_packs<T, kBackward>, blocks, kThreads, 0, stream, Constants<float>(p), packs, per_pixel,
+         static_cast<const T*>(p.x), static_cast<const T*>(p.dy), static_cast<T*>(p.out));
 }
 
 template <class T, bool kBackward>
@@ -308,14 +307,14 @@ void run(const LocalResponseNormParams& p, Stream stream) {
       (constants.before > constants.after ? constants.before : constants.after) * (kBackward ? 2 : 1);
   if (reach > kMaxTileReach) {
     const int64_t blocks = ceil_div(p.outer * p.channels * p.inner, kThreads);
-    launch(lrn_plain<T, kBackward>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream, constants, size,
-           x, dy, static_cast<T*>(p.out));
+    launch(lrn_plain<T, kBackward>, blocks, kThreads, 0, stream, constants, size, x, dy,
+           static_cast<T*>(p.out));
     return;
   }
   const TileShape tile = tile_shape(p, reach);
   const int64_t blocks = ceil_div(p.outer * p.inner, tile.columns) * ceil_div(p.channels, tile.useful);
-  launch(lrn_tile<T, kBackward>, dim3(static_cast<unsigned>(blocks)), kThreads, sizeof(TileShared<A>), stream,
-         constants, tile, size, x, dy, static_cast<T*>(p.out));
+  launch(lrn_tile<T, kBackward>, blocks, kThreads, sizeof(TileShared<A>), stream, constants, tile, size, x,
+         dy, static_cast<T*>(p.out));
 }
 
 template <bool kBackward>

@@ -262,8 +262,8 @@ Problem<Index> problem_of(const MaxPool2dParams& p, int pack, bool pooled) {
 }
 
 template <class Index>
-dim3 grid_of(const Problem<Index>& problem) {
-  return dim3(static_cast<unsigned>(ceil_div(problem.count, kThreads)));
+int64_t blocks_of(const Problem<Index>& problem) {
+  return ceil_div(problem.count, kThreads);
 }
 
 }  // namespace
@@ -273,7 +273,7 @@ void max_pool2d(const MaxPool2dParams& p, Stream stream) {
     using T = decltype(element);
     using Index = decltype(index);
     const auto problem = problem_of<Index>(p, pack.value, true);
-    launch(pool<T, pack.value, Index>, grid_of(problem), kThreads, 0, stream, problem,
+    launch(pool<T, pack.value, Index>, blocks_of(problem), kThreads, 0, stream, problem,
            static_cast<const T*>(p.input), static_cast<T*>(p.output), p.taps, p.indices);
   });
 }
@@ -283,7 +283,7 @@ void max_pool2d_backward(const MaxPool2dParams& p, Stream stream) {
     using T = decltype(element);
     using Index = decltype(index);
     const auto problem = problem_of<Index>(p, pack.value, false);
-    launch(pool_backward<T, pack.value, Index>, grid_of(problem), kThreads, 0, stream, problem,
+    launch(pool_backward<T, pack.value, Index>, blocks_of(problem), kThreads, 0, stream, problem,
            static_cast<const T*>(p.input), static_cast<T*>(p.output), static_cast<const void*>(p.taps));
   });
 }
@@ -293,7 +293,7 @@ void max_pool2d_gather(const MaxPool2dParams& p, Stream stream) {
     using T = decltype(element);
     using Index = decltype(index);
     const auto problem = problem_of<Index>(p, pack.value, true);
-    launch(pool_gather<T, pack.value, Index>, grid_of(problem), kThreads, 0, stream, problem,
+    launch(pool_gather<T, pack.value, Index>, blocks_of(problem), kThreads, 0, stream, problem,
            static_cast<const T*>(p.input), static_cast<T*>(p.output), static_cast<const void*>(p.taps));
   });
 }

@@ -139,16 +139,12 @@ __global__ void __launch_bounds__(kThreads, 6)
   }
 }
 
-dim3 grid_of(int64_t tasks, int64_t per_block) {
-  return dim3(static_cast<unsigned>(ceil_div(tasks, per_block)));
-}
-
 }  // namespace
 
 void subsample(const SubsampleParams& p, Stream stream) {
   const int64_t count = p.batch * p.channels * p.out_height * p.out_width;
   dispatch_dtype(p.dtype, [&](auto element) {
-    launch(forward<decltype(element)>, grid_of(count, kThreads), kThreads, 0, stream, p, count);
+    launch(forward<decltype(element)>, ceil_div(count, kThreads), kThreads, 0, stream, p, count);
   });
 }
 
@@ -157,10 +153,9 @@ void subsample_backward(const SubsampleParams& p, Stream stream) {
   const int64_t bands = subsample_bands(p.batch, p.out_height), tasks = bands * p.channels;
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    launch(input_grad<T>, grid_of(cells, kThreads), kThreads, 0, stream, p, cells);
-    launch(band_sums<T>, grid_of(tasks, kThreads / kWarpSize), kThreads, 0, stream, p, tasks);
-    launch(add_bands<T>, dim3(static_cast<unsigned>(p.channels)), kThreads, sizeof(ReduceShared), stream, p,
-           bands);
+    launch(input_grad<T>, ceil_div(cells, kThreads), kThreads, 0, stream, p, cells);
+    launch(band_sums<T>, ceil_div(tasks, kThreads / kWarpSize), kThreads, 0, stream, p, tasks);
+    launch(add_bands<T>, p.channels, kThreads, sizeof(ReduceShared), stream, p, bands);
   });
 }
 

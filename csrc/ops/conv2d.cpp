@@ -3,6 +3,10 @@
 #include "ops/dispatch.h"
 #include "ops/layout.h"
 
+#if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
+#include "cuda/conv2d/plan.h"
+#endif
+
 namespace cuda_cnn::ops {
 namespace {
 
@@ -59,6 +63,36 @@ void check_shapes(at::IntArrayRef x, at::IntArrayRef weight, const Geometry& g) 
     TORCH_CHECK(room >= reach, g.op, ": expected a kernel no larger than the padded input, got ", reach,
                 " against ", room, " (input of shape ", x, ", weight of shape ", weight, ")");
   }
+}
+
+void check_operands(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                    const Geometry& g) {
+  check_tensor(g.op, "input", x);
+  check_dim(g.op, "input", x, 4);
+  check_like(g.op, "weight", weight, x);
+  check_dim(g.op, "weight", weight, 4);
+  check_geometry(g);
+  check_shapes(x.sizes(), weight.sizes(), g);
+  if (!bias) return;
+  check_like(g.op, "bias", *bias, x);
+  TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), g.op, ": expected bias of shape [",
+              weight.size(0), "], got ", bias->sizes());
+}
+
+void check_grad(const at::Tensor& dy, const at::Tensor& other, const char* name, at::IntArrayRef x,
+                at::IntArrayRef weight, const Geometry& g) {
+  check_tensor(g.op, "grad_output", dy);
+  check_dim(g.op, "grad_output", dy, 4);
+  check_like(g.op, name, other, dy);
+  check_dim(g.op, name, other, 4);
+  TORCH_CHECK(x.size() == 4 && weight.size() == 4, g.op, ": expected sizes of 4 dimensions, got ", x, " and ",
+              weight);
+  check_geometry(g);
+  check_shapes(x, weight, g);
+  const Conv2dParams p = make_params(dy, x, weight, g);
+  const int64_t expected[] = {p.N, p.K, p.P, p.Q};
+  TORCH_CHECK(dy.sizes() == at::IntArrayRef(expected), g.op, ": expected grad_output of shape ",
+              at::IntArrayRef(expected), ", got ", dy.sizes());
 }
 
 Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayRef weight,
@@ -124,22 +158,56 @@ at::Tensor attach_workspace(Conv2dDirection direction, Conv2dParams& p, const at
 at::Tensor attach_workspace(Conv2dDirection, Conv2dParams&, const at::Tensor&) { return {}; }
 #endif
 
+at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef x,
+                          const Geometry& geometry, bool channels_last) {
+  Conv2dParams p = make_params(dy, x, weight.sizes(), geometry);
+  at::Tensor dx = empty_nhwc(x, dy.options(), channels_last);
+  if (dx.numel() == 0) return in_format(dx, channels_last);
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), filter = dense_nhwc(weight);
+  p.dy = data(grad);
+  p.weight = data(filter);
+  p.dx = mutable_data(dx);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kInputGrad, p, dy);
+  CUDA_CNN_LAUNCH(geometry.op, dy, conv2d_input_grad, p);
+  return in_format(dx, channels_last);
+}
+
+at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef weight,
+                           const Geometry& geometry, bool channels_last, const InputMap& map) {
+  Conv2dParams p = make_params(dy, x.sizes(), weight, geometry);
+  at::Tensor dweight = empty_nhwc(weight, dy.options(), channels_last);
+  if (dweight.numel() == 0) return in_format(dweight, channels_last);
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), input = to_nhwc(x, &p.x_pixel);
+  p.dy = data(grad);
+  p.x = data(input);
+  p.in_scale = map.scale.defined() ? data(map.scale) : nullptr;
+  p.in_shift = map.shift.defined() ? data(map.shift) : nullptr;
+  p.in_relu = map.relu;
+  p.dweight = mutable_data(dweight);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
+  CUDA_CNN_LAUNCH(geometry.op, dy, conv2d_weight_grad, p);
+  return in_format(dweight, channels_last);
+}
+
+at::Tensor bias_gradient(const at::Tensor& dy, const char* op) {
+  at::Tensor dbias = at::empty({dy.size(1)}, dy.options());
+  if (dbias.numel() == 0) return dbias;
+  const int64_t one[] = {1, 1}, none[] = {0, 0};
+  Conv2dParams p = make_params(dy, dy.sizes(), {dy.size(1), dy.size(1), 1, 1}, {one, none, one, 1, op});
+  const at::Tensor grad = to_nhwc(dy, &p.y_pixel);
+  p.dy = data(grad);
+  p.dbias = mutable_data(dbias);
+  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
+  CUDA_CNN_LAUNCH(op, dy, conv2d_weight_grad, p);
+  return dbias;
+}
+
 namespace {
 
 at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Geometry geometry{stride, padding, dilation, groups};
-  check_tensor(kOp, "input", x);
-  check_dim(kOp, "input", x, 4);
-  check_like(kOp, "weight", weight, x);
-  check_dim(kOp, "weight", weight, 4);
-  check_geometry(geometry);
-  check_shapes(x.sizes(), weight.sizes(), geometry);
-  if (bias) {
-    check_like(kOp, "bias", *bias, x);
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp, ": expected bias of shape [",
-                weight.size(0), "], got ", bias->sizes());
-  }
+  check_operands(x, weight, bias, geometry);
   Conv2dParams p = make_params(x, x.sizes(), weight.sizes(), geometry);
   const bool channels_last =
       x.numel() > 0 && (is_channels_last(format_of(x)) || is_channels_last(format_of(weight)));
@@ -156,37 +224,12 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::opti
   return in_format(y, channels_last);
 }
 
-void check_grad(const at::Tensor& dy, const at::Tensor& other, const char* name, at::IntArrayRef x,
-                at::IntArrayRef weight, const Geometry& geometry) {
-  check_tensor(kOp, "grad_output", dy);
-  check_dim(kOp, "grad_output", dy, 4);
-  check_like(kOp, name, other, dy);
-  check_dim(kOp, name, other, 4);
-  TORCH_CHECK(x.size() == 4 && weight.size() == 4, kOp, ": expected sizes of 4 dimensions, got ", x, " and ",
-              weight);
-  check_geometry(geometry);
-  check_shapes(x, weight, geometry);
-  const Conv2dParams p = make_params(dy, x, weight, geometry);
-  const at::IntArrayRef shape = dy.sizes();
-  TORCH_CHECK(shape[0] == p.N && shape[1] == p.K && shape[2] == p.P && shape[3] == p.Q, kOp,
-              ": expected grad_output of shape [", p.N, ", ", p.K, ", ", p.P, ", ", p.Q, "], got ", shape);
-}
-
 at::Tensor conv2d_input_grad(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef input_size,
                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                              int64_t groups, bool channels_last) {
   const Geometry geometry{stride, padding, dilation, groups};
   check_grad(dy, weight, "weight", input_size, weight.sizes(), geometry);
-  Conv2dParams p = make_params(dy, input_size, weight.sizes(), geometry);
-  at::Tensor dx = empty_nhwc(input_size, dy.options(), channels_last);
-  if (dx.numel() == 0) return in_format(dx, channels_last);
-  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), filter = dense_nhwc(weight);
-  p.dy = data(grad);
-  p.weight = data(filter);
-  p.dx = mutable_data(dx);
-  const at::Tensor workspace = attach_workspace(Conv2dDirection::kInputGrad, p, dy);
-  CUDA_CNN_LAUNCH(kOp, dy, conv2d_input_grad, p);
-  return in_format(dx, channels_last);
+  return input_gradient(dy, weight, input_size, geometry, channels_last);
 }
 
 at::Tensor conv2d_weight_grad(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef weight_size,
@@ -194,49 +237,51 @@ at::Tensor conv2d_weight_grad(const at::Tensor& dy, const at::Tensor& x, at::Int
                               int64_t groups, bool channels_last) {
   const Geometry geometry{stride, padding, dilation, groups};
   check_grad(dy, x, "input", x.sizes(), weight_size, geometry);
-  Conv2dParams p = make_params(dy, x.sizes(), weight_size, geometry);
-  at::Tensor dweight = empty_nhwc(weight_size, dy.options(), channels_last);
-  if (dweight.numel() == 0) return in_format(dweight, channels_last);
-  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), input = to_nhwc(x, &p.x_pixel);
-  p.dy = data(grad);
-  p.x = data(input);
-  p.dweight = mutable_data(dweight);
-  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
-  CUDA_CNN_LAUNCH(kOp, dy, conv2d_weight_grad, p);
-  return in_format(dweight, channels_last);
+  return weight_gradient(dy, x, weight_size, geometry, channels_last);
 }
 
-// The sum of dy over its pixels.
 at::Tensor conv2d_bias_grad(const at::Tensor& dy) {
   check_tensor(kOp, "grad_output", dy);
   check_dim(kOp, "grad_output", dy, 4);
-  at::Tensor dbias = at::empty({dy.size(1)}, dy.options());
-  if (dbias.numel() == 0) return dbias;
-  const int64_t one[] = {1, 1}, none[] = {0, 0};
-  Conv2dParams p = make_params(dy, dy.sizes(), {dy.size(1), dy.size(1), 1, 1}, {one, none, one, 1});
-  const at::Tensor grad = to_nhwc(dy, &p.y_pixel);
-  p.dy = data(grad);
-  p.dbias = mutable_data(dbias);
-  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
-  CUDA_CNN_LAUNCH(kOp, dy, conv2d_weight_grad, p);
-  return dbias;
+  return bias_gradient(dy, kOp);
 }
 
-// "forward", "input_grad" or "weight_grad" of these sizes: the name of the algorithm that a CPU would take.
-std::string conv2d_algorithm(c10::string_view direction, at::IntArrayRef input_size,
-                             at::IntArrayRef weight_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                             at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype) {
-  const Geometry geometry{stride, padding, dilation, groups};
-  TORCH_CHECK(input_size.size() == 4 && weight_size.size() == 4, kOp,
-              ": expected sizes of 4 dimensions, got ", input_size, " and ", weight_size);
+// For "forward", "input_grad" or "weight_grad": which, and a call with these sizes, dense NHWC.
+std::pair<Conv2dDirection, Conv2dParams> named_call(c10::string_view direction, at::IntArrayRef x,
+                                                    at::IntArrayRef weight, const Geometry& geometry,
+                                                    at::ScalarType dtype) {
+  TORCH_CHECK(x.size() == 4 && weight.size() == 4, kOp, ": expected sizes of 4 dimensions, got ", x, " and ",
+              weight);
   check_geometry(geometry);
-  check_shapes(input_size, weight_size, geometry);
-  const Conv2dParams p = make_params(at::empty({0}, dtype), input_size, weight_size, geometry);
+  check_shapes(x, weight, geometry);
   const Conv2dDirection which = direction == "forward"      ? Conv2dDirection::kForward
                                 : direction == "input_grad" ? Conv2dDirection::kInputGrad
                                                             : Conv2dDirection::kWeightGrad;
+  return {which, make_params(at::empty({0}, dtype), x, weight, geometry)};
+}
+
+// The name of the algorithm that a CPU would take.
+std::string conv2d_algorithm(c10::string_view direction, at::IntArrayRef input_size,
+                             at::IntArrayRef weight_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                             at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype) {
+  const auto [which, p] =
+      named_call(direction, input_size, weight_size, {stride, padding, dilation, groups}, dtype);
   return cpu::conv2d_algorithm_name(cpu::conv2d_choose(which, p));
 }
+
+#if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
+// The kernel that a GPU would take, in words.
+std::string conv2d_cuda_kernel(c10::string_view direction, at::IntArrayRef input_size,
+                               at::IntArrayRef weight_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                               at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype) {
+  using namespace cuda::conv2d;
+  auto [which, p] =
+      named_call(direction, input_size, weight_size, {stride, padding, dilation, groups}, dtype);
+  p.allow_tf32 = at::globalContext().allowTF32CuDNN();
+  p.dweight = &p;  // wanted
+  return describe(plan(which, p, Forced::from_environment()));
+}
+#endif
 
 // Settings of this process, for cuda_cnn.backends. An unknown name is refused with false.
 bool conv2d_set_algorithm(c10::string_view name) {
@@ -266,6 +311,12 @@ TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
          ", bool channels_last) -> Tensor",
          &conv2d_weight_grad);
   define(library, "conv2d_bias_grad(Tensor dy) -> Tensor", &conv2d_bias_grad);
+#if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
+  library.def(
+      "conv2d_cuda_kernel(str direction, int[] input_size, int[] weight_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, ScalarType dtype) -> str",
+      &conv2d_cuda_kernel);
+#endif
 #if !defined(CUDA_CNN_EMULATED)
   library.def(
       "conv2d_algorithm(str direction, int[] input_size, int[] weight_size, int[2] stride, int[2] padding, "

@@ -16,6 +16,15 @@ struct Geometry {
 void check_geometry(const Geometry& geometry);
 void check_shapes(at::IntArrayRef x, at::IntArrayRef weight, const Geometry& geometry);
 
+// Everything about a forward call's tensors.
+void check_operands(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                    const Geometry& geometry);
+
+// Everything about a gradient's: dy, and the operand `name` that is multiplied with it; the sizes of both
+// operands.
+void check_grad(const at::Tensor& dy, const at::Tensor& other, const char* name, at::IntArrayRef x,
+                at::IntArrayRef weight, const Geometry& geometry);
+
 // The sizes of a convolution and where its tensors lie, but for the pointers.
 Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayRef weight,
                          const Geometry& geometry);
@@ -32,5 +41,20 @@ at::Tensor to_nhwc(const at::Tensor& tensor, int64_t* pixel);
 at::Tensor empty_nhwc(at::IntArrayRef size, const at::TensorOptions& options, bool channels_last);
 
 at::Tensor in_format(const at::Tensor& nhwc, bool channels_last);
+
+// ---- The gradients, of arguments that are checked ----
+
+// The map on a fused convolution's load: vectors of its accumulation type, or undefined.
+struct InputMap {
+  at::Tensor scale, shift;
+  bool relu = false;
+};
+
+at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef x,
+                          const Geometry& geometry, bool channels_last);
+at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef weight,
+                           const Geometry& geometry, bool channels_last, const InputMap& map = {});
+// The sum of dy over its pixels.
+at::Tensor bias_gradient(const at::Tensor& dy, const char* op);
 
 }  // namespace cuda_cnn::ops

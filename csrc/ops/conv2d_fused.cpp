@@ -53,8 +53,7 @@ at::Tensor rows_of(const OptionalTensor& tensor, int64_t* pixel) {
   return tensor ? to_nhwc(*tensor, pixel) : at::Tensor();
 }
 
-// ---- The convolution
-// ---------------------------------------------------------------------------------------
+// ---- The convolution ----
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> conv2d_fused(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& in_scale,
@@ -62,17 +61,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv2d_fused(
     bool want_stats, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     int64_t groups) {
   const Geometry geometry{stride, padding, dilation, groups, kOp};
-  check_tensor(kOp, "input", x);
-  check_dim(kOp, "input", x, 4);
-  check_like(kOp, "weight", weight, x);
-  check_dim(kOp, "weight", weight, 4);
-  check_geometry(geometry);
-  check_shapes(x.sizes(), weight.sizes(), geometry);
-  if (bias) {
-    check_like(kOp, "bias", *bias, x);
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp, ": expected bias of shape [",
-                weight.size(0), "], got ", bias->sizes());
-  }
+  check_operands(x, weight, bias, geometry);
   check_prologue(in_scale, in_shift, x);
   Conv2dParams p = make_params(x, x.sizes(), weight.sizes(), geometry);
   at::Tensor y = empty_nhwc({p.N, p.K, p.P, p.Q}, x.options(), true);
@@ -135,38 +124,6 @@ at::Tensor effective_gradient(const at::Tensor& dy, const OptionalTensor& dmean,
   return result;
 }
 
-at::Tensor fused_weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                                 const at::Tensor& scale, const at::Tensor& shift, bool in_relu,
-                                 const Geometry& geometry) {
-  Conv2dParams p = make_params(dy, x.sizes(), weight.sizes(), geometry);
-  at::Tensor dweight = empty_nhwc(weight.sizes(), dy.options(), true);
-  if (dweight.numel() == 0) return dweight;
-  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), input = to_nhwc(x, &p.x_pixel);
-  p.dy = data(grad);
-  p.x = data(input);
-  p.in_scale = data_or_null(scale);
-  p.in_shift = data_or_null(shift);
-  p.in_relu = in_relu;
-  p.dweight = mutable_data(dweight);
-  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
-  CUDA_CNN_LAUNCH(kOp, dy, conv2d_weight_grad, p);
-  return in_format(dweight, is_channels_last(format_of(weight)));
-}
-
-at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                          const Geometry& geometry) {
-  Conv2dParams p = make_params(dy, x.sizes(), weight.sizes(), geometry);
-  at::Tensor dx = empty_nhwc(x.sizes(), dy.options(), true);
-  if (dx.numel() == 0) return dx;
-  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), filter = dense_nhwc(weight);
-  p.dy = data(grad);
-  p.weight = data(filter);
-  p.dx = mutable_data(dx);
-  const at::Tensor workspace = attach_workspace(Conv2dDirection::kInputGrad, p, dy);
-  CUDA_CNN_LAUNCH(kOp, dy, conv2d_input_grad, p);
-  return dx;
-}
-
 at::Tensor map_grad_workspace([[maybe_unused]] ChannelMapGradParams& p, const at::Tensor& any) {
   at::Tensor workspace;
 #if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
@@ -196,18 +153,6 @@ std::tuple<at::Tensor, at::Tensor> through_prologue(at::Tensor& dx, const at::Te
   return {sum_gx, sum_g};
 }
 
-at::Tensor bias_gradient(const at::Tensor& dy) {
-  at::Tensor dbias = at::empty({dy.size(1)}, dy.options().memory_format(at::MemoryFormat::Contiguous));
-  const int64_t one[] = {1, 1}, none[] = {0, 0};
-  Conv2dParams p = make_params(dy, dy.sizes(), {dy.size(1), dy.size(1), 1, 1}, {one, none, one, 1, kOp});
-  const at::Tensor grad = to_nhwc(dy, &p.y_pixel);
-  p.dy = data(grad);
-  p.dbias = mutable_data(dbias);
-  const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
-  if (dbias.numel() > 0) CUDA_CNN_LAUNCH(kOp, dy, conv2d_weight_grad, p);
-  return dbias;
-}
-
 // wants: x, weight, bias, in_scale and in_shift, residual. What is not wanted has no elements.
 using SixTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 SixTensors conv2d_fused_backward(const at::Tensor& dy, const OptionalTensor& dmean,
@@ -217,21 +162,12 @@ SixTensors conv2d_fused_backward(const at::Tensor& dy, const OptionalTensor& dme
                                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                  int64_t groups, std::array<bool, 5> wants) {
   const Geometry geometry{stride, padding, dilation, groups, kOp};
-  check_tensor(kOp, "grad_output", dy);
-  check_dim(kOp, "grad_output", dy, 4);
-  check_like(kOp, "input", x, dy);
-  check_dim(kOp, "input", x, 4);
   check_like(kOp, "weight", weight, dy);
   check_dim(kOp, "weight", weight, 4);
-  check_geometry(geometry);
-  check_shapes(x.sizes(), weight.sizes(), geometry);
+  check_grad(dy, x, "input", x.sizes(), weight.sizes(), geometry);
   check_prologue(in_scale, in_shift, x);
   check_vector(kOp, "grad_mean", dmean, dy, dy.size(1));
   check_vector(kOp, "grad_var", dvar, dy, dy.size(1));
-  const Conv2dParams p = make_params(dy, x.sizes(), weight.sizes(), geometry);
-  const int64_t expected[] = {p.N, p.K, p.P, p.Q};
-  TORCH_CHECK(dy.sizes() == at::IntArrayRef(expected), kOp, ": expected grad_output of shape ",
-              at::IntArrayRef(expected), ", got ", dy.sizes());
 
   const at::TensorOptions options = dy.options().memory_format(at::MemoryFormat::Contiguous);
   const at::Tensor none = at::empty({0}, options);
@@ -241,10 +177,13 @@ SixTensors conv2d_fused_backward(const at::Tensor& dy, const OptionalTensor& dme
   const at::Tensor g = to_nhwc(effective, &pixel);  // once for all
   at::Tensor dx = none, dweight = none, dbias = none;
   at::Tensor dscale = at::empty({0}, vector_options(x)), dshift = at::empty({0}, vector_options(x));
-  if (wants[1]) dweight = fused_weight_gradient(g, x, weight, scale, shift, in_relu, geometry);
-  if (wants[2]) dbias = bias_gradient(g);
+  if (wants[1]) {
+    const bool channels_last = is_channels_last(format_of(weight));
+    dweight = weight_gradient(g, x, weight.sizes(), geometry, channels_last, {scale, shift, in_relu});
+  }
+  if (wants[2]) dbias = bias_gradient(g, kOp);
   if (wants[0] || wants[3]) {
-    dx = input_gradient(g, x, weight, geometry);
+    dx = input_gradient(g, weight, x.sizes(), geometry, true);
     if (scale.defined() || in_relu) std::tie(dscale, dshift) = through_prologue(dx, x, scale, shift, in_relu);
   }
   // A result may not be an argument: where y's gradient passes unchanged, the caller has it in hand.
@@ -252,8 +191,7 @@ SixTensors conv2d_fused_backward(const at::Tensor& dy, const OptionalTensor& dme
           dscale, dshift,  wants[4] && !effective.is_same(dy) ? g : at::empty({0}, options)};
 }
 
-// ---- Passes over maps
-// --------------------------------------------------------------------------------------
+// ---- Passes over maps ----
 
 void check_map(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift) {
   check_tensor(kMap, "input", x);

@@ -88,11 +88,13 @@ def algorithm(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> str:
-    """The algorithm that a CPU takes for "forward", "input_grad" or "weight_grad" of these sizes."""
-    return torch.ops.cuda_cnn.conv2d_algorithm(
-        direction, list(input_shape), list(weight_shape), stride, padding, dilation, groups, dtype
-    )
+    """The algorithm that a CPU takes for "forward", "input_grad" or "weight_grad" of these sizes, or the kernel of a
+    build with CUDA: "few_channels", "product 128x64, async, tensor cores"."""
+    operators = torch.ops.cuda_cnn
+    choose = operators.conv2d_cuda_kernel if device == "cuda" else operators.conv2d_algorithm
+    return choose(direction, list(input_shape), list(weight_shape), stride, padding, dilation, groups, dtype)
 
 
 def _whole_numbers(name: str, values: Sequence[Any]) -> list[int]:

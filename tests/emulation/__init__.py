@@ -32,6 +32,7 @@ DEFAULTS = {
     "bounds": False,
     "counters": False,
     "launch_error": 0,
+    "dry_run": False,
 }
 
 __all__ = [
@@ -69,7 +70,8 @@ class Engine:
         self.set(**DEFAULTS)
 
     def set(self, **options: str | int | bool) -> None:
-        """schedule (of SCHEDULES), landing (of LANDINGS), seed, races, bounds, counters; launch_error: a code."""
+        """schedule (of SCHEDULES), landing (of LANDINGS), seed, races, bounds, counters; launch_error: a code;
+        dry_run: launches are looked at, not run."""
         for name, value in options.items():
             if isinstance(value, str):
                 value = {"schedule": SCHEDULES, "landing": LANDINGS}[name].index(value)

@@ -94,16 +94,15 @@ template <class T>
 void finish(const Conv2dParams& p, const ColumnPartials& partials, void* mean, void* variance, void* total,
             Stream stream) {
   using A = Accumulator<T>;
-  launch(finish_sums<T>, dim3(static_cast<unsigned>(ceil_div(p.K, kColumns))), kColumns * kLines,
-         sizeof(FinishShared), stream, p.N * p.P * p.Q, p.K, partials.rows,
-         static_cast<const A*>(partials.data), static_cast<A*>(mean), static_cast<A*>(variance),
-         static_cast<T*>(total));
+  launch(finish_sums<T>, ceil_div(p.K, kColumns), kColumns * kLines, sizeof(FinishShared), stream,
+         p.N * p.P * p.Q, p.K, partials.rows, static_cast<const A*>(partials.data), static_cast<A*>(mean),
+         static_cast<A*>(variance), static_cast<T*>(total));
 }
 
 template <class T>
 void sum_parts(const Conv2dParams& p, const void* data, void* workspace, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.N * p.P * p.Q, kSumPixels) * ceil_div(p.K, kColumns)));
-  launch(part_sums<T>, grid, kColumns * kLines, sizeof(PartShared<Accumulator<T>>), stream, p.N * p.P * p.Q,
+  const int64_t blocks = ceil_div(p.N * p.P * p.Q, kSumPixels) * ceil_div(p.K, kColumns);
+  launch(part_sums<T>, blocks, kColumns * kLines, sizeof(PartShared<Accumulator<T>>), stream, p.N * p.P * p.Q,
          p.K, p.y_pixel, static_cast<const T*>(data), static_cast<Accumulator<T>*>(workspace));
 }
 

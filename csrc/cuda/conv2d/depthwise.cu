@@ -8,6 +8,7 @@
 // order.
 #include "cuda/conv2d/kernels.h"
 #include "cuda/conv2d/load.cuh"
+#include "cuda/conv2d/windows.h"
 #include "cuda/launch.cuh"
 #include "cuda/vec.cuh"
 
@@ -20,41 +21,13 @@ constexpr int kPixels = kBlock / kLanes;
 constexpr int kPixelsEach = 8;  // of one thread: the weights are loaded once for all
 constexpr int kMaxTaps = 64;
 
-struct Depthwise {
-  const void *source, *weight, *bias, *residual;  // source: x, or dy for the input gradient
-  void* out;
-  int64_t source_pixel, out_pixel, residual_pixel;
-  int images, channels, R, S;
-  int source_height, source_width, out_height, out_width;
-  int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  FastDivide by_stride_h, by_stride_w, by_height, by_width;  // height and width of the grid's pixels
-  bool relu;
-  Prologue prologue;
-};
-
 template <class A, int kPack>
 struct WeightShared {
   A weight[kMaxTaps][kLanes * kPack];
 };
 
-// The source row of tap r for output row i, or -1: the forward pass multiplies, the gradient divides by the
-// stride.
-template <bool kGradient>
-__device__ __forceinline__ int source_row(int i, int r, int stride, const FastDivide& by_stride, int pad,
-                                          int dilation, int extent) {
-  int at;
-  if constexpr (kGradient) {
-    const int reach = i + pad - r * dilation;
-    at = by_stride.quotient(reach);
-    if (reach < 0 || at * stride != reach) return -1;
-  } else {
-    at = i * stride + r * dilation - pad;
-  }
-  return inside(at, extent) ? at : -1;
-}
-
 template <class T, int kPack, bool kGradient>
-__global__ void __launch_bounds__(kBlock, 6) depthwise_kernel(const __grid_constant__ Depthwise p) {
+__global__ void __launch_bounds__(kBlock, 6) depthwise_kernel(const __grid_constant__ Windows p) {
   using A = Accumulator<T>;
   auto& shared = shared_storage<WeightShared<A, kPack>>();
   const int lane = threadIdx.x % kLanes, first_channel = blockIdx.y * kLanes * kPack, taps = p.R * p.S;
@@ -62,11 +35,11 @@ __global__ void __launch_bounds__(kBlock, 6) depthwise_kernel(const __grid_const
   for (int i = threadIdx.x; i < taps * kLanes * kPack; i += kBlock) {
     const int c = first_channel + i / taps;
     const T* weight = static_cast<const T*>(p.weight) + int64_t{c} * taps + i % taps;
-    shared.weight[i % taps][i / taps] = c < p.channels ? widen_fast(*weight) : A(0);
+    shared.weight[i % taps][i / taps] = c < p.outputs ? widen_fast(*weight) : A(0);
   }
   __syncthreads();
-  if (channel >= p.channels) return;
-  const int pixels = p.images * p.out_height * p.out_width;
+  if (channel >= p.outputs) return;
+  const int pixels = p.pixels();
   const bool map = p.prologue.any();
   for (int each = 0; each < kPixelsEach; ++each) {
     const int pixel = (blockIdx.x * kPixelsEach + each) * kPixels + threadIdx.x / kLanes;
@@ -114,16 +87,16 @@ struct SumShared {
 // `source` is x, `out` dy: the sums over its pixels.
 template <class T, int kPack>
 __global__ void __launch_bounds__(kBlock, 6)
-    depthwise_weight_kernel(const __grid_constant__ Depthwise p, const T* __restrict__ dy, int64_t dy_pixel,
+    depthwise_weight_kernel(const __grid_constant__ Windows p, const T* __restrict__ dy, int64_t dy_pixel,
                             int splits, Accumulator<T>* __restrict__ sums_of_splits) {
   using A = Accumulator<T>;
   auto& shared = shared_storage<SumShared<A, kPack>>();
   const int lane = threadIdx.x % kLanes, line = threadIdx.x / kLanes;
   const int tap = blockIdx.y, r = tap / p.S, s = tap % p.S, split = blockIdx.z;
   const int first_channel = blockIdx.x * kLanes * kPack, channel = first_channel + lane * kPack;
-  const Range share = split_range(p.images * p.out_height * p.out_width, splits, split);
+  const Range share = split_range(p.pixels(), splits, split);
   A sums[kPack] = {};
-  for (int pixel = share.begin + line; pixel < share.end && channel < p.channels; pixel += kPixels) {
+  for (int pixel = share.begin + line; pixel < share.end && channel < p.outputs; pixel += kPixels) {
     const PixelIndex at_pixel = pixel_index(pixel, p.by_height, p.by_width);
     const int h =
         source_row<false>(at_pixel.i, r, p.stride_h, p.by_stride_h, p.pad_h, p.dilation_h, p.source_height);
@@ -145,24 +118,10 @@ __global__ void __launch_bounds__(kBlock, 6)
   for (int e = 0; e < kPack; ++e) shared.sums[line][lane * kPack + e] = sums[e];
   __syncthreads();
   const int c = first_channel + threadIdx.x;
-  if (threadIdx.x >= kLanes * kPack || c >= p.channels) return;
+  if (threadIdx.x >= kLanes * kPack || c >= p.outputs) return;
   A sum = shared.sums[0][threadIdx.x];
   for (int other = 1; other < kPixels; ++other) sum += shared.sums[other][threadIdx.x];
-  sums_of_splits[(int64_t{split} * p.channels + c) * p.R * p.S + tap] = sum;
-}
-
-Depthwise problem_of(const Conv2dParams& p, int64_t height, int64_t width) {
-  Depthwise d{};
-  d.out_height = int(height), d.out_width = int(width);
-  d.by_height = FastDivide::by(height), d.by_width = FastDivide::by(width);
-  d.by_stride_h = FastDivide::by(p.stride_h), d.by_stride_w = FastDivide::by(p.stride_w);
-  d.weight = p.weight;
-  d.images = int(p.N), d.channels = int(p.C), d.R = int(p.R), d.S = int(p.S);
-  d.stride_h = int(p.stride_h), d.stride_w = int(p.stride_w);
-  d.pad_h = int(p.pad_h), d.pad_w = int(p.pad_w);
-  d.dilation_h = int(p.dilation_h), d.dilation_w = int(p.dilation_w);
-  d.prologue = {p.in_scale, p.in_shift, p.in_relu};
-  return d;
+  sums_of_splits[(int64_t{split} * p.outputs + c) * p.R * p.S + tap] = sum;
 }
 
 bool in_packs(const Conv2dParams& p, const void* a, int64_t a_pixel, const void* b, int64_t b_pixel) {
@@ -171,16 +130,14 @@ bool in_packs(const Conv2dParams& p, const void* a, int64_t a_pixel, const void*
 }
 
 template <class T, int kPack, bool kGradient>
-void start(const Depthwise& d, Stream stream) {
-  const int64_t pixels = int64_t{d.images} * d.out_height * d.out_width;
-  const dim3 grid(static_cast<unsigned>(ceil_div(pixels, kPixels * kPixelsEach)),
-                  static_cast<unsigned>(ceil_div(d.channels, kLanes * kPack)));
+void start(const Windows& d, Stream stream) {
+  const Grid grid(ceil_div(d.pixels(), kPixels * kPixelsEach), ceil_div(d.outputs, kLanes * kPack));
   launch(depthwise_kernel<T, kPack, kGradient>, grid, kBlock, sizeof(WeightShared<Accumulator<T>, kPack>),
          stream, d);
 }
 
 template <bool kGradient>
-void start_any(const Conv2dParams& p, const Depthwise& d, Stream stream) {
+void start_any(const Conv2dParams& p, const Windows& d, Stream stream) {
   const bool packs = in_packs(p, d.source, d.source_pixel, d.out, d.out_pixel);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
@@ -191,31 +148,21 @@ void start_any(const Conv2dParams& p, const Depthwise& d, Stream stream) {
 }  // namespace
 
 void depthwise_forward(const Conv2dParams& p, Stream stream) {
-  Depthwise d = problem_of(p, p.P, p.Q);
-  d.source = p.x, d.source_pixel = p.x_pixel, d.source_height = int(p.H), d.source_width = int(p.W);
-  d.out = p.y, d.out_pixel = p.y_pixel;
-  d.bias = p.bias, d.residual = p.residual, d.residual_pixel = p.residual_pixel, d.relu = p.relu;
-  start_any<false>(p, d, stream);
+  start_any<false>(p, forward_windows(p), stream);
 }
 
 void depthwise_input_grad(const Conv2dParams& p, Stream stream) {
-  Depthwise d = problem_of(p, p.H, p.W);
-  d.source = p.dy, d.source_pixel = p.y_pixel, d.source_height = int(p.P), d.source_width = int(p.Q);
-  d.out = p.dx, d.out_pixel = p.x_pixel;
-  d.prologue = {};
-  start_any<true>(p, d, stream);
+  start_any<true>(p, input_grad_windows(p), stream);
 }
 
 void depthwise_weight_grad(const Conv2dParams& p, const Plan& plan, Stream stream) {
-  Depthwise d = problem_of(p, p.P, p.Q);
-  d.source = p.x, d.source_pixel = p.x_pixel, d.source_height = int(p.H), d.source_width = int(p.W);
+  const Windows d = forward_windows(p);
   const bool packs = in_packs(p, p.x, p.x_pixel, p.dy, p.y_pixel);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     using A = Accumulator<T>;
     const int pack = packs ? kPackSize<T> : 1;
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.C, kLanes * pack)), static_cast<unsigned>(p.R * p.S),
-                    static_cast<unsigned>(plan.splits));
+    const Grid grid(ceil_div(p.C, kLanes * pack), p.R * p.S, plan.splits);
     const auto run = [&](auto kernel, size_t shared) {
       launch(kernel, grid, kBlock, shared, stream, d, static_cast<const T*>(p.dy), p.y_pixel, plan.splits,
              static_cast<A*>(p.workspace));

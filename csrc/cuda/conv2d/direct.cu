@@ -106,23 +106,23 @@ Prologue prologue_of(const Conv2dParams& p) { return {p.in_scale, p.in_shift, p.
 }  // namespace
 
 void direct_forward(const Conv2dParams& p, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.N * p.P * p.Q * p.K, kBlock)));
+  const int64_t blocks = ceil_div(p.N * p.P * p.Q * p.K, kBlock);
   dispatch_dtype(p.dtype, [&](auto type) {
-    launch(forward_kernel<decltype(type)>, grid, kBlock, 0, stream, p, prologue_of(p));
+    launch(forward_kernel<decltype(type)>, blocks, kBlock, 0, stream, p, prologue_of(p));
   });
 }
 
 void direct_input_grad(const Conv2dParams& p, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.N * p.H * p.W * p.C, kBlock)));
+  const int64_t blocks = ceil_div(p.N * p.H * p.W * p.C, kBlock);
   dispatch_dtype(p.dtype,
-                 [&](auto type) { launch(input_grad_kernel<decltype(type)>, grid, kBlock, 0, stream, p); });
+                 [&](auto type) { launch(input_grad_kernel<decltype(type)>, blocks, kBlock, 0, stream, p); });
 }
 
 void direct_weight_grad(const Conv2dParams& p, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(p.K * p.R * p.S * (p.C / p.groups)));
+  const int64_t blocks = p.K * p.R * p.S * (p.C / p.groups);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(weight_grad_kernel<T>, grid, kBlock, sizeof(ReduceShared<Accumulator<T>>), stream, p,
+    launch(weight_grad_kernel<T>, blocks, kBlock, sizeof(ReduceShared<Accumulator<T>>), stream, p,
            prologue_of(p));
   });
 }

@@ -30,12 +30,16 @@ void finish_statistics(const Conv2dParams& params, const ColumnPartials& partial
 void output_statistics(const Conv2dParams& params, void* workspace, Stream stream);
 void bias_gradient(const Conv2dParams& params, void* workspace, Stream stream);
 
-// direct.cu, depthwise.cu
+// direct.cu, depthwise.cu, few_channels.cu; vectors: four neighbouring outputs may be read and written at
+// once
 void direct_forward(const Conv2dParams& params, Stream stream);
 void direct_input_grad(const Conv2dParams& params, Stream stream);
 void direct_weight_grad(const Conv2dParams& params, Stream stream);
 void depthwise_forward(const Conv2dParams& params, Stream stream);
 void depthwise_input_grad(const Conv2dParams& params, Stream stream);
 void depthwise_weight_grad(const Conv2dParams& params, const Plan& plan, Stream stream);
+void few_channels_forward(const Conv2dParams& params, bool vectors, Stream stream);
+void few_channels_input_grad(const Conv2dParams& params, bool vectors, Stream stream);
+void few_channels_weight_grad(const Conv2dParams& params, const Plan& plan, Stream stream);
 
 }  // namespace cuda_cnn::cuda::conv2d

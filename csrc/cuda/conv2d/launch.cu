@@ -19,10 +19,17 @@ bool whole_quads(const void* data, int64_t pixel, const Conv2dParams& p) {
   return reinterpret_cast<uintptr_t>(data) % (bytes < 16 ? bytes : 16) == 0 && pixel % 4 == 0;
 }
 
+// Whether four neighbouring outputs, or inputs, of a group may be read and written at once.
+bool output_vectors(const Conv2dParams& p) {
+  return p.K / p.groups % 4 == 0 && whole_quads(p.y, p.y_pixel, p) &&
+         (!p.residual || whole_quads(p.residual, p.residual_pixel, p));
+}
+bool input_grad_vectors(const Conv2dParams& p) {
+  return p.C / p.groups % 4 == 0 && whole_quads(p.dx, p.x_pixel, p);
+}
+
 Epilogue epilogue_of(const Conv2dParams& p, void* partials) {
-  const bool vectors = p.K / p.groups % 4 == 0 && whole_quads(p.y, p.y_pixel, p) &&
-                       (!p.residual || whole_quads(p.residual, p.residual_pixel, p));
-  return {p.bias, p.residual, p.residual_pixel, p.relu, vectors, partials};
+  return {p.bias, p.residual, p.residual_pixel, p.relu, output_vectors(p), partials};
 }
 
 // What the products read for x: itself, or its rearranged copy, mapped and with its border.
@@ -85,7 +92,7 @@ Correlation input_grad_problem(const Conv2dParams& p, const Plan& plan, int64_t 
     out.w[i] = input_grad_axis(conv2d_phase(first_w + i, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w), p.Q,
                                p.stride_w);
   }
-  out.epilogue.vectors = p.C / p.groups % 4 == 0 && whole_quads(p.dx, p.x_pixel, p);
+  out.epilogue.vectors = input_grad_vectors(p);
   return out;
 }
 
@@ -123,7 +130,13 @@ void conv2d_forward(const Conv2dParams& p, Stream stream) {
     if (p.mean) finish_statistics(p, {problem.epilogue.partials, plan.tile_rows / 2}, stream);
     return;
   }
-  plan.method == Method::kDepthwise ? depthwise_forward(p, stream) : direct_forward(p, stream);
+  if (plan.method == Method::kDepthwise) {
+    depthwise_forward(p, stream);
+  } else if (plan.method == Method::kFewChannels) {
+    few_channels_forward(p, output_vectors(p), stream);
+  } else {
+    direct_forward(p, stream);
+  }
   if (p.mean) output_statistics(p, workspace(p, plan.statistics_offset()), stream);
 }
 
@@ -131,6 +144,7 @@ void conv2d_input_grad(const Conv2dParams& p, Stream stream) {
   if (p.N * p.H * p.W * p.C == 0) return;
   const Plan plan = plan_of(Conv2dDirection::kInputGrad, p);
   if (plan.method == Method::kDepthwise) return depthwise_input_grad(p, stream);
+  if (plan.method == Method::kFewChannels) return few_channels_input_grad(p, input_grad_vectors(p), stream);
   if (plan.method == Method::kDirect) return direct_input_grad(p, stream);
   pack_input_grad_weight(p, plan, workspace(p, 0), stream);
   for (int64_t h = 0; h < p.stride_h; h += kMaxPhases) {
@@ -146,6 +160,7 @@ void conv2d_weight_grad(const Conv2dParams& p, Stream stream) {
   if (p.dbias && p.K > 0) bias_gradient(p, workspace(p, plan.statistics_offset()), stream);
   if (!p.dweight || p.K * p.R * p.S * p.C == 0) return;
   if (plan.method == Method::kDepthwise) return depthwise_weight_grad(p, plan, stream);
+  if (plan.method == Method::kFewChannels) return few_channels_weight_grad(p, plan, stream);
   if (plan.method == Method::kDirect) return direct_weight_grad(p, stream);
   if (plan.rearranged()) rearrange_input(p, plan, workspace(p, plan.source_offset()), stream);
   const WeightGradient problem = weight_grad_problem(p, plan);
@@ -159,7 +174,7 @@ void conv2d_weight_grad(const Conv2dParams& p, Stream stream) {
 
 void conv2d_statistics(const Conv2dParams& p, Stream stream) {
   const Plan plan = plan_of(Conv2dDirection::kWeightGrad, p);
-  output_statistics(p, workspace(p, plan.split_bytes), stream);
+  output_statistics(p, workspace(p, plan.statistics_offset()), stream);
 }
 
 }  // namespace cuda_cnn::cuda

@@ -1,11 +1,9 @@
 // Filling the tiles of the two implicit products.
 //
 //   kAsync   16-byte cp.async, zeros outside: nothing passes through registers.
-//   kMapped  16-byte loads, the prologue in registers, 16-byte stores: the values are still on their way
-//   while the
-//            previous tile is multiplied.
-//   kScalar  element by element, for channels that do not fill 16 bytes (stems, odd counts, one channel a
-//   group):
+//   kMapped  16-byte loads, the prologue in registers, 16-byte stores: values and vectors are still on their
+//            way while the previous tile is multiplied.
+//   kScalar  element by element, for channels that do not fill 16 bytes (odd counts, one channel a group):
 //            the reduction stays dense over (r, s, c). Applies a prologue too.
 #pragma once
 
@@ -28,7 +26,7 @@ __device__ __forceinline__ Accumulator<T> mapped(const Prologue& prologue, Accum
   return conv2d_prologue(value, scale, shift, prologue.relu);
 }
 
-// The prologue of kPack neighbouring channels, loaded once for all pixels of a thread.
+// The prologue of kPack neighbouring channels, the same for all pixels of a thread.
 template <class T>
 struct ChannelMap {
   using A = Accumulator<T>;
@@ -37,7 +35,8 @@ struct ChannelMap {
   bool relu;
 
   // The vectors and `channel` are aligned to packs (choose_load).
-  __device__ __forceinline__ ChannelMap(const Prologue& prologue, int channel) : relu(prologue.relu) {
+  __device__ __forceinline__ void load(const Prologue& prologue, int channel) {
+    relu = prologue.relu;
 #pragma unroll
     for (int e = 0; e < kPack; ++e) scale[e] = 1, shift[e] = 0;
     if (prologue.scale) load_widened<kPack, A>(scale, static_cast<const A*>(prologue.scale) + channel);
@@ -106,11 +105,9 @@ class PixelRows {
 
   __device__ __forceinline__ void finish(uint32_t tile) {
     if constexpr (kLoad == Load::kMapped) {
-      // Past the reduction's end there is no channel, and nothing to map.
-      const ChannelMap<T> map(p_.prologue, inside_ != 0 ? channel_ : 0);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (inside_ >> i & 1) staged_[i] = map(staged_[i]);
+        if (inside_ >> i & 1) staged_[i] = map_(staged_[i]);
       }
     }
     if constexpr (kLoad != Load::kAsync) {
@@ -130,7 +127,7 @@ class PixelRows {
 
   __device__ __forceinline__ void gather_chunks(uint32_t tile) {
     inside_ = 0;
-    channel_ = group_channel_ + walk_.c;
+    if constexpr (kLoad == Load::kMapped) map_.load(p_.prologue, group_channel_ + walk_.c);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const bool valid = has_tap(i, walk_);
@@ -170,8 +167,8 @@ class PixelRows {
   int top_[kCount], left_[kCount];
   const T* base_[kCount];
   Pack<T, kPack> staged_[kLoad == Load::kAsync ? 1 : kCount];
+  ChannelMap<T> map_;  // of kMapped, the tile's
   unsigned inside_ = 0;
-  int channel_ = 0;
 };
 
 // Tile of kRows weight rows: 64 bytes of each. Rows are whole packs, so this is always asynchronous.

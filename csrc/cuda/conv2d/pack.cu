@@ -108,9 +108,8 @@ void transpose_phases(const Conv2dParams& p, const Plan& plan, int64_t first_h, 
     taps_w = taps_w > t.w[i].count ? taps_w : t.w[i].count;
   }
   // The grid's y holds at most 65535 taps; choose_method leaves larger filters to the direct kernel.
-  const dim3 grid(static_cast<unsigned>(ceil_div(t.group_c, kSquare) * ceil_div(t.group_k, kSquare)),
-                  static_cast<unsigned>(taps_h * taps_w),
-                  static_cast<unsigned>(p.groups * phases_h * t.phases_w));
+  const Grid grid(ceil_div(t.group_c, kSquare) * ceil_div(t.group_k, kSquare), taps_h * taps_w,
+                  p.groups * phases_h * t.phases_w);
   launch(transpose_weight<T>, grid, kBlock, sizeof(SquareShared<T>), stream, t,
          static_cast<const T*>(p.weight), packed + (first_h * p.stride_w + first_w) * plan.weight_phase);
 }
@@ -121,9 +120,8 @@ void pack_forward_weight(const Conv2dParams& p, const Plan& plan, void* packed, 
   const int64_t blocks = ceil_div(p.K * plan.weight_row, kBlock);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(pad_rows<T>, dim3(static_cast<unsigned>(blocks)), kBlock, 0, stream, p.K,
-           p.R * p.S * (p.C / p.groups), plan.weight_row, static_cast<const T*>(p.weight),
-           static_cast<T*>(packed));
+    launch(pad_rows<T>, blocks, kBlock, 0, stream, p.K, p.R * p.S * (p.C / p.groups), plan.weight_row,
+           static_cast<const T*>(p.weight), static_cast<T*>(packed));
   });
 }
 
@@ -147,7 +145,7 @@ void add_splits(const Conv2dParams& p, int splits, const void* sums, Stream stre
   const int64_t count = p.K * p.R * p.S * (p.C / p.groups);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(add_all<T>, dim3(static_cast<unsigned>(ceil_div(count, kBlock))), kBlock, 0, stream, count, splits,
+    launch(add_all<T>, ceil_div(count, kBlock), kBlock, 0, stream, count, splits,
            static_cast<const Accumulator<T>*>(sums), static_cast<T*>(p.dweight));
   });
 }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/grid.h"
 #include "cuda/vec.cuh"
 
 namespace cuda_cnn::cuda::conv2d {
@@ -17,9 +18,12 @@ constexpr int64_t kSplitGrid = 264;
 constexpr int64_t kMaxSplits = 128;  // bounds the workspace, and the time of adding them up
 constexpr int64_t kMaxPixels = (int64_t{1} << 31) - 65536;  // a tile past the end must not wrap around
 constexpr int64_t kMaxReduction = int64_t{1} << 30;
-constexpr int64_t kMaxGrid = 65535;        // in y and z
 constexpr int64_t kMaxStrides = 1024;      // every phase has weights of its own
 constexpr int64_t kMaxDepthwiseTaps = 64;  // they lie in shared memory
+// On tensor cores a product computes 8 times the multiply-adds a clock, for 64 outputs and packs of 8 inputs:
+// as fast as few_channels.cu at C*K = 8*64/8. Up to LeNet's 6 to 16 the latter still saves the packing's
+// launch.
+constexpr int64_t kFewProducts = 96;
 // Zeros that rearranging may add, as a multiple of the real channels: a stem's 3 become 8 of 16 bits.
 constexpr int64_t kMaxPadding = 3;
 
@@ -51,23 +55,46 @@ bool is_depthwise(const Conv2dParams& p) {
          p.C <= 16 * kMaxGrid;
 }
 
-Method choose_method(Conv2dDirection direction, const Conv2dParams& p) {
-  const bool fits = fits_product(direction, p);
-  switch (p.algorithm) {
-    case Conv2dAlgorithm::kReference:
-      return Method::kDirect;
-    case Conv2dAlgorithm::kDepthwise:
-      if (is_depthwise(p)) return Method::kDepthwise;
-      break;
-    case Conv2dAlgorithm::kGemm:
-      if (fits) return Method::kProduct;
-      break;
+// Filters of inputs x 16 outputs (forward) and of outputs x 8 inputs (gradient) in shared memory.
+bool has_few_channels(const Conv2dParams& p) {
+  return p.groups == 1 && p.C > 0 && p.C <= kFewInputs && p.K > 0 && p.K <= kFewOutputs && fits_int32(p) &&
+         p.R * p.S * max64(p.C * kFewOutputs, p.K * kFewInputs) <= kFewWeights;
+}
+
+bool uses_tensor_cores(const Conv2dParams& p) {
+  return p.dtype == DType::kFloat32 ? p.allow_tf32 : p.dtype != DType::kFloat64;
+}
+
+bool takes(Method method, Conv2dDirection direction, const Conv2dParams& p) {
+  switch (method) {
+    case Method::kDepthwise:
+      return is_depthwise(p);
+    case Method::kFewChannels:
+      return has_few_channels(p);
+    case Method::kProduct:
+      return fits_product(direction, p);
     default:
-      break;
+      return true;
   }
+}
+
+// What the user named, or -1.
+int wanted_method(const Conv2dParams& p, const Forced& forced) {
+  if (forced.method != -1) return forced.method;
+  if (p.algorithm == Conv2dAlgorithm::kReference) return int(Method::kDirect);
+  if (p.algorithm == Conv2dAlgorithm::kDepthwise) return int(Method::kDepthwise);
+  return p.algorithm == Conv2dAlgorithm::kGemm || forced.of_product() ? int(Method::kProduct) : -1;
+}
+
+Method choose_method(Conv2dDirection direction, const Conv2dParams& p, const Forced& forced) {
+  const auto possible = [&](Method method) { return takes(method, direction, p); };
+  const int wanted = wanted_method(p, forced);
+  if (wanted != -1 && possible(static_cast<Method>(wanted))) return static_cast<Method>(wanted);
   // A product with one column a group would use one of 64.
-  if (is_depthwise(p)) return Method::kDepthwise;
-  return fits ? Method::kProduct : Method::kDirect;
+  if (possible(Method::kDepthwise)) return Method::kDepthwise;
+  const bool few = !uses_tensor_cores(p) || p.C * p.K <= kFewProducts;
+  if (few && possible(Method::kFewChannels)) return Method::kFewChannels;
+  return possible(Method::kProduct) ? Method::kProduct : Method::kDirect;
 }
 
 // Whether the operand's channels come in whole, aligned 16-byte chunks.
@@ -172,11 +199,11 @@ void plan_weight(Plan& plan, Conv2dDirection direction, const Conv2dParams& p) {
   plan.packed_bytes = round_up(plan.packed_bytes, 16);
 }
 
-void plan_depthwise_splits(Plan& plan, const Conv2dParams& p) {
-  // A block has about 128 channels and one tap; 512 pixels are worth one.
-  const int64_t blocks = ceil_div(p.C, 128) * p.R * p.S, pixels = p.N * p.P * p.Q;
+// Of the kernels that are no product: `blocks` for each share of the pixels, 512 of which are worth a block.
+void plan_plain_splits(Plan& plan, const Conv2dParams& p, int64_t blocks) {
+  const int64_t pixels = p.N * p.P * p.Q, weights = p.K * p.R * p.S * (p.C / p.groups);
   plan.splits = int(max64(1, min64(min64(ceil_div(4 * kSplitGrid, blocks), kMaxSplits), pixels / 512)));
-  plan.split_bytes = round_up(plan.splits * p.C * p.R * p.S * (p.dtype == DType::kFloat64 ? 8 : 4), 16);
+  plan.split_bytes = round_up(plan.splits * weights * (p.dtype == DType::kFloat64 ? 8 : 4), 16);
 }
 
 void plan_splits(Plan& plan, const Conv2dParams& p) {
@@ -195,8 +222,26 @@ void plan_splits(Plan& plan, const Conv2dParams& p) {
 
 }  // namespace
 
+const char* method_name(Method method) {
+  switch (method) {
+    case Method::kDirect:
+      return "direct";
+    case Method::kDepthwise:
+      return "depthwise";
+    case Method::kFewChannels:
+      return "few_channels";
+    default:
+      return "product";
+  }
+}
+
 Forced Forced::from_environment() {
   Forced forced;
+  if (const char* kernel = std::getenv("CUDA_CNN_CONV2D_KERNEL")) {
+    for (int i = 0; i <= int(Method::kProduct); ++i) {
+      if (!std::strcmp(kernel, method_name(static_cast<Method>(i)))) forced.method = i;
+    }
+  }
   if (const char* tile = std::getenv("CUDA_CNN_CONV2D_TILE")) {
     int rows = 0, columns = 0;
     const bool known = std::sscanf(tile, "%dx%d", &rows, &columns) == 2 && (rows == 128 || rows == 64) &&
@@ -215,15 +260,20 @@ Forced Forced::from_environment() {
 Plan plan(Conv2dDirection direction, const Conv2dParams& p, const Forced& forced) {
   const bool weight_grad = direction == Conv2dDirection::kWeightGrad;
   Plan plan{};
-  plan.method = choose_method(direction, p);
-  plan.tensor_cores = p.dtype == DType::kFloat32 ? p.allow_tf32 : p.dtype != DType::kFloat64;
+  plan.method = choose_method(direction, p, forced);
+  plan.tensor_cores = uses_tensor_cores(p);
   plan.splits = 1;
   const int64_t sum_bytes = p.dtype == DType::kFloat64 ? 8 : 4;
   // A column has two sums for every kSumPixels pixels, or rows of a warp's tile: 32 of them at least.
   if (p.mean || p.dbias) {
     plan.statistics_bytes = round_up(ceil_div(p.N * p.P * p.Q, 32) * p.K * 2 * sum_bytes, 16);
   }
-  if (plan.method == Method::kDepthwise && weight_grad && p.dweight) plan_depthwise_splits(plan, p);
+  if (weight_grad && p.dweight && plan.method == Method::kDepthwise) {
+    plan_plain_splits(plan, p, ceil_div(p.C, 128) * p.R * p.S);  // about 128 channels, one tap
+  }
+  if (weight_grad && p.dweight && plan.method == Method::kFewChannels) {
+    plan_plain_splits(plan, p, ceil_div(p.R * p.S * p.C, 128));  // 128 weights of each output
+  }
   if (plan.method != Method::kProduct) return plan;
   choose_load(plan, direction, p, forced.load);
   choose_rearrangement(plan, direction, p, forced);
@@ -247,6 +297,15 @@ Plan plan(Conv2dDirection direction, const Conv2dParams& p, const Forced& forced
     plan_weight(plan, direction, p);
   }
   return plan;
+}
+
+std::string describe(const Plan& plan) {
+  std::string text = method_name(plan.method);
+  if (plan.method != Method::kProduct) return text;
+  constexpr const char* kLoads[] = {"async", "mapped", "scalar"};
+  text += " " + std::to_string(plan.tile_rows) + "x" + std::to_string(plan.tile_columns) + ", ";
+  text += plan.rearranged() ? "rearranged" : kLoads[int(plan.load)];
+  return text + (plan.tensor_cores ? ", tensor cores" : "");
 }
 
 }  // namespace cuda_cnn::cuda::conv2d

@@ -1,15 +1,21 @@
 // Which kernel a convolution takes, with what tile, and what of the workspace it needs.
 #pragma once
 
+#include <string>
+
 #include "cuda/conv2d/problem.h"
 
 namespace cuda_cnn::cuda::conv2d {
 
 enum class Method {
-  kDirect,     // direct.cu: the formula, one thread a result; takes everything
-  kDepthwise,  // depthwise.cu: one channel a group, as many outputs
-  kProduct,    // correlate.cuh, weight_grad.cuh: an implicit matrix product
+  kDirect,       // direct.cu: the formula, one thread a result; takes everything
+  kDepthwise,    // depthwise.cu: one channel a group, as many outputs
+  kFewChannels,  // few_channels.cu: all outputs of a pixel in one thread
+  kProduct,      // correlate.cuh, weight_grad.cuh: an implicit matrix product
 };
+
+// What few_channels.cu was compiled for: inputs, outputs, and weights in shared memory, 32 KB of float64.
+constexpr int kFewInputs = 8, kFewOutputs = 16, kFewWeights = 4096;
 
 struct Plan {
   Method method;
@@ -35,19 +41,28 @@ struct Plan {
   int64_t workspace_bytes() const { return source_offset() + source_bytes; }
 };
 
-// What the user wants, in place of what plan() would choose; 0 and -1 leave it to plan(). A tile that was not
-// compiled for the case is not taken.
+// What the user wants, in place of what plan() would choose; 0 and -1 leave it to plan(). A kernel that
+// cannot take the case, and a tile that was not compiled for it, are not taken.
 struct Forced {
-  int tile_rows = 0, tile_columns = 0;
+  int method = -1;
+  int tile_rows = 0, tile_columns = 0;  // of a product, as is the load
   int load = -1;
   bool rearrange = false;
 
-  // CUDA_CNN_CONV2D_TILE=128x128|128x64|64x64, CUDA_CNN_CONV2D_LOAD=async|mapped|scalar|rearranged
+  bool of_product() const { return tile_rows > 0 || load != -1 || rearrange; }
+
+  // CUDA_CNN_CONV2D_KERNEL=direct|depthwise|few_channels|product, CUDA_CNN_CONV2D_TILE=128x128|128x64|64x64,
+  // CUDA_CNN_CONV2D_LOAD=async|mapped|scalar|rearranged
   static Forced from_environment();
 };
 
+const char* method_name(Method method);  // as CUDA_CNN_CONV2D_KERNEL has it
+
 // Pure: depends on the parameters alone, never on the device, so results are the same bits on every card.
 Plan plan(Conv2dDirection direction, const Conv2dParams& params, const Forced& forced = {});
+
+// In words: "few_channels", "product 128x64, async, tensor cores".
+std::string describe(const Plan& plan);
 
 // Pixels of one partial sum in channel_sums.cu.
 constexpr int kSumPixels = 256;

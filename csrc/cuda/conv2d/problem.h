@@ -1,4 +1,4 @@
-// What the implicit products' kernels are given. Sizes and positions are below 2^31 (choose.cpp sends the
+// What the implicit products' kernels are given. Sizes and positions are below 2^31 (plan.cu sends the
 // rest to the direct kernel); offsets in memory are 64-bit.
 #pragma once
 

@@ -16,17 +16,16 @@ void start(const Correlation& p, Stream stream) {
     for (int j = 0; j < p.phases_w; ++j) rows = max64(rows, int64_t{p.images} * p.h[i].count * p.w[j].count);
   }
   const int64_t tiles = ceil_div(rows, Product::kTileRows) * ceil_div(p.columns, Product::kTileColumns);
-  const dim3 grid(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(p.groups * p.phases_h * p.phases_w));
-  launch(correlate<Product, kLoad>, grid, kThreads, sizeof(CorrelateShared<Product>), stream, p);
+  launch(correlate<Product, kLoad>, {tiles, 1, int64_t{p.groups} * p.phases_h * p.phases_w}, kThreads,
+         sizeof(CorrelateShared<Product>), stream, p);
 }
 
 template <class Product, Load kLoad>
 void start(const WeightGradient& p, Stream stream) {
   const int64_t columns = int64_t{p.h.taps} * p.w.taps * p.x.channels;
   const int64_t tiles = ceil_div(p.rows, Product::kTileRows) * ceil_div(columns, Product::kTileColumns);
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(p.splits),
-                  static_cast<unsigned>(p.groups));
-  launch(weight_gradient<Product, kLoad>, grid, kThreads, sizeof(WeightGradShared<Product>), stream, p);
+  launch(weight_gradient<Product, kLoad>, {tiles, p.splits, p.groups}, kThreads,
+         sizeof(WeightGradShared<Product>), stream, p);
 }
 
 template <class T, int kRows, int kColumns>

@@ -90,8 +90,6 @@ FilterBlocks filter_blocks(const Conv2dParams& p, const Plan& plan) {
   return {int(p.R), int(p.S), int(p.C / p.groups), plan.block_h, plan.block_w, plan.channels};
 }
 
-dim3 blocks_of(int64_t threads) { return dim3(static_cast<unsigned>(ceil_div(threads, kBlock))); }
-
 }  // namespace
 
 void rearrange_input(const Conv2dParams& p, const Plan& plan, void* source, Stream stream) {
@@ -104,7 +102,7 @@ void rearrange_input(const Conv2dParams& p, const Plan& plan, void* source, Stre
   r.prologue = {p.in_scale, p.in_shift, p.in_relu};
   const int64_t packs = plan.source_bytes / 16;
   dispatch_dtype(p.dtype, [&](auto type) {
-    launch(rearrange_pixels<decltype(type)>, blocks_of(packs), kBlock, 0, stream, r, packs);
+    launch(rearrange_pixels<decltype(type)>, ceil_div(packs, kBlock), kBlock, 0, stream, r, packs);
   });
 }
 
@@ -112,7 +110,7 @@ void rearrange_weight(const Conv2dParams& p, const Plan& plan, void* packed, Str
   const FilterBlocks f = filter_blocks(p, plan);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(rearrange_filters<T>, blocks_of(p.K * f.length() / kPackSize<T>), kBlock, 0, stream, f, p.K,
+    launch(rearrange_filters<T>, ceil_div(p.K * f.length() / kPackSize<T>, kBlock), kBlock, 0, stream, f, p.K,
            static_cast<const T*>(p.weight), static_cast<T*>(packed));
   });
 }
@@ -121,7 +119,7 @@ void add_rearranged_splits(const Conv2dParams& p, const Plan& plan, const void* 
   const FilterBlocks f = filter_blocks(p, plan);
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(add_rearranged<T>, blocks_of(p.K * f.own_length()), kBlock, 0, stream, f, p.K, plan.splits,
+    launch(add_rearranged<T>, ceil_div(p.K * f.own_length(), kBlock), kBlock, 0, stream, f, p.K, plan.splits,
            static_cast<const Accumulator<T>*>(sums), static_cast<T*>(p.dweight));
   });
 }

@@ -87,10 +87,10 @@ class TapColumns : ColumnChunks<T, kColumns> {
         group_channel_(group * p.x.channels),
         top_(walk_.r < p.h.taps ? source_at(p.h, 0, walk_.r) : kOutside),
         left_(source_at(p.w, 0, walk_.s)),
-        column_(x_ + group_channel_ + walk_.c),
-        // Scalar loads map for themselves, and a pack may be wider than the vectors.
-        map_(kLoad == Load::kMapped ? p.prologue : Prologue{},
-             walk_.r < p.h.taps ? group_channel_ + walk_.c : 0) {}
+        column_(x_ + group_channel_ + walk_.c) {
+    // Scalar loads map for themselves: their packs may reach beyond the vectors.
+    if constexpr (kLoad == Load::kMapped) map_.load(p.prologue, group_channel_ + walk_.c);
+  }
 
   __device__ __forceinline__ void start(uint32_t tile, int first_pixel, int end_pixel) {
 #pragma unroll
@@ -155,7 +155,7 @@ class TapColumns : ColumnChunks<T, kColumns> {
   const int group_channel_;
   const int top_, left_;  // of the thread's tap, for output pixel (0, 0)
   const T* const column_;
-  const ChannelMap<T> map_;  // of kMapped
+  ChannelMap<T> map_;  // of kMapped
   unsigned inside_ = 0;
   Pack<T, kPack> staged_[kLoad == Load::kAsync ? 1 : Chunks::kCount];
 };

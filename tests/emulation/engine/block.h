@@ -26,6 +26,7 @@ struct Options {
   bool bounds = false;    // global accesses must fall into a registered range
   bool counters = false;  // bank conflicts and sectors
   unsigned launch_error = 0;
+  bool dry_run = false;  // launches are looked at, not run
 };
 extern Options options;
 

@@ -105,6 +105,8 @@ bool emulation_set(const char* name, unsigned value) {
     options.counters = value != 0;
   } else if (option == "launch_error") {
     options.launch_error = value;
+  } else if (option == "dry_run") {
+    options.dry_run = value != 0;
   } else {
     return false;
   }

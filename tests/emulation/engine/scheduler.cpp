@@ -274,6 +274,7 @@ bool run(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   clear_report();
   if (!prepare_block(launch)) return false;
+  if (options.dry_run) return true;
   if (options.races) global_shadow_start_launch();
   const Dim3& grid = launch.grid;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;

@@ -216,7 +216,7 @@ using cuda_cnn::BFloat16;
 EXPORT run_gemm(int bug, float* d, const BFloat16* a, const BFloat16* b, int m, int n, int depth) {
   return succeeds([&] {
     with_bug(bug, [&](auto constant) {
-      const dim3 grid((m + kTile - 1) / kTile, (n + kTile - 1) / kTile);
+      const Grid grid((m + kTile - 1) / kTile, (n + kTile - 1) / kTile);
       launch(gemm<constant.value>, grid, kGemmThreads, sizeof(GemmShared), nullptr, a, b, d, m, n, depth);
     });
   });
