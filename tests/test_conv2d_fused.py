@@ -24,7 +24,8 @@ CASES = {
             "empty batch",
         )
     },
-    "stem": ((1, 3, 9, 11), (4, 3, 5, 5), ((2, 2), (2, 2), (1, 2), 1)),
+    "stem": ((1, 3, 9, 11), (20, 3, 5, 5), ((2, 2), (2, 2), (1, 2), 1)),
+    "few channels": ((2, 3, 9, 11), (5, 3, 5, 4), ((2, 1), (2, 2), (1, 2), 1)),
     "winograd": ((2, 19, 9, 7), (33, 19, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
 }
 FLAGS = [  # in_scale and in_shift, in_relu, residual, out_relu
@@ -90,7 +91,9 @@ def test_whole_numbers_bitwise(device, case, flags):
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("case", ["primes", "winograd", "1x1 stride 2", "depthwise", "groups"])
+@pytest.mark.parametrize(
+    "case", ["primes", "winograd", "1x1 stride 2", "depthwise", "groups", "few channels"]
+)
 def test_statistics_and_gradients(device, case, flags):
     exact, *rest = make(case, reals, torch.float64, flags)
     shape = output_shape(case)

@@ -7,27 +7,30 @@ import pytest
 import torch
 from emulation import SCHEDULES, Unavailable, emulated, emulated_operators
 from helpers import assert_bitwise, integers
+from test_conv2d import CASES as GEOMETRIES
 
 from cuda_cnn import functional as F
 
-# x, weight, stride, padding, groups: several tiles in every direction, the last ones cut off
+# x, weight, then stride, padding, dilation, groups: several tiles in every direction, the last ones cut off
 CASES = {
-    "3x3": ((2, 16, 9, 13), (136, 16, 3, 3), 1, 1, 1),
-    "strided": ((2, 72, 7, 8), (16, 72, 3, 2), 2, 1, 1),
-    "groups": ((1, 32, 12, 11), (48, 16, 3, 3), 1, 2, 2),
-    "odd channels": ((1, 3, 21, 20), (7, 3, 5, 5), 3, 2, 1),
-    "stem": ((1, 3, 17, 19), (16, 3, 7, 7), 2, 3, 1),
-    "groups of odd channels": ((2, 15, 9, 8), (40, 3, 4, 3), (1, 2), (1, 0), 5),
+    "3x3": ((2, 16, 9, 13), (136, 16, 3, 3), (1, 1, 1, 1)),
+    "strided": ((2, 72, 7, 8), (16, 72, 3, 2), (2, 1, 1, 1)),
+    "groups": ((1, 32, 12, 11), (48, 16, 3, 3), (1, 2, 1, 2)),
+    "odd channels": ((1, 3, 21, 20), (7, 3, 5, 5), (3, 2, 1, 1)),
+    "stem": ((1, 3, 17, 19), (16, 3, 7, 7), (2, 3, 1, 1)),
+    "groups of odd channels": ((2, 15, 9, 8), (40, 3, 4, 3), ((1, 2), (1, 0), 1, 5)),
 }
 VARIANTS = [("128x128", "async"), ("128x64", "async"), ("64x64", "async")]
 VARIANTS += [("", load) for load in ("mapped", "scalar", "rearranged")]
-KERNELS = ["direct", "depthwise", "few_channels", "product"]
+KERNELS = ["direct", "few_channels", "product"]
 FEW = {
-    "lenet c1": ((2, 1, 12, 13), (6, 1, 5, 5), 1, 0, 1),
-    "lenet c3": ((3, 6, 14, 14), (16, 6, 5, 5), 1, 0, 1),
-    "strided": ((1, 8, 9, 10), (9, 8, 3, 4), (2, 3), (1, 2), 1),
-    "one": ((1, 2, 1, 1), (1, 2, 1, 1), 1, 0, 1),
-    "no pixel twice": ((40, 5, 5, 7), (3, 5, 2, 3), (3, 4), 0, 1),
+    "lenet c3": ((2, 6, 9, 10), (16, 6, 5, 5), (1, 0, 1, 1)),
+    "eight channels": ((1, 8, 9, 10), (9, 8, 3, 4), ((2, 3), (1, 2), 1, 1)),
+    **{
+        name: GEOMETRIES[name]
+        for name in ("lenet c1", "stride beyond the kernel", "padding beyond the kernel", "dilation")
+        + ("stride and dilation share a factor", "stride and dilation do not")
+    },
 }
 DEVICES = ["cuda_emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 CHANNELS_LAST = torch.channels_last
@@ -42,7 +45,7 @@ def dtype(request) -> Iterator[torch.dtype]:
 
 def run(case: str, dtype: torch.dtype, device: str, **options) -> list[torch.Tensor]:
     """y, dx, dweight of small whole numbers: exact in every algorithm."""
-    x_shape, weight_shape, stride, padding, groups = CASES[case]
+    x_shape, weight_shape, geometry = CASES[case]
     x, weight = (
         integers(*shape, dtype=dtype, low=-2, high=3, seed=seed).to(device, memory_format=CHANNELS_LAST)
         for seed, shape in enumerate((x_shape, weight_shape))
@@ -51,7 +54,7 @@ def run(case: str, dtype: torch.dtype, device: str, **options) -> list[torch.Ten
     weight.requires_grad_()
 
     def passes(function) -> list[torch.Tensor]:
-        y = function(x, weight, None, stride, padding, 1, groups)
+        y = function(x, weight, None, *geometry)
         dy = integers(*y.shape, dtype=dtype, low=-1, high=2, seed=9).to(device, memory_format=CHANNELS_LAST)
         return [y, *torch.autograd.grad(y, (x, weight), dy)]
 
@@ -67,12 +70,12 @@ def run(case: str, dtype: torch.dtype, device: str, **options) -> list[torch.Ten
 
 
 def expected(case: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    x_shape, weight_shape, stride, padding, groups = CASES[case]
+    x_shape, weight_shape, geometry = CASES[case]
     x, weight = (
         integers(*shape, dtype=dtype, low=-2, high=3, seed=seed).double().requires_grad_()
         for seed, shape in enumerate((x_shape, weight_shape))
     )
-    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, 1, groups)
+    y = torch.nn.functional.conv2d(x, weight, None, *geometry)
     dy = integers(*y.shape, dtype=dtype, low=-1, high=2, seed=9).double()
     return [t.to(dtype) for t in (y, *torch.autograd.grad(y, (x, weight), dy))]
 
@@ -93,7 +96,7 @@ def test_every_variant_is_exact(monkeypatch, where, dtype, case, variant):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", FEW)
 def test_every_kernel_is_exact(monkeypatch, where, dtype, case, kernel):
-    """A kernel that cannot take the case leaves it to another: those that can are in the plan's tests."""
+    """All of them can take these cases; few_channels is what they would get."""
     monkeypatch.setitem(CASES, case, FEW[case])
     monkeypatch.setenv("CUDA_CNN_CONV2D_KERNEL", kernel)
     actual = run(case, dtype, "cuda" if where == "cuda" else "cpu", races=True, bounds=True)
@@ -122,7 +125,7 @@ def test_kernels_in_words(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_no_schedule_changes_a_bit(dtype, case):
     """Real numbers, whose sums depend on their order: it must be the kernels' own, not the threads'."""
-    x_shape, weight_shape, stride, padding, groups = CASES[case]
+    x_shape, weight_shape, geometry = CASES[case]
     x, weight = (
         torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(
             dtype, memory_format=CHANNELS_LAST
@@ -135,7 +138,7 @@ def test_no_schedule_changes_a_bit(dtype, case):
     for schedule, landing in itertools.product(SCHEDULES, ["late", "early"]):
         try:
             with emulated(schedule=schedule, landing=landing):
-                y = F.conv2d(x, weight, None, stride, padding, 1, groups)
+                y = F.conv2d(x, weight, None, *geometry)
                 runs.append([y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))])
         except Unavailable as reason:
             pytest.skip(str(reason))
