@@ -48,7 +48,7 @@ $(STAMPS)/requirements: $(VENV)/pyvenv.cfg requirements.txt pyproject.toml $(if 
 ifdef ACTIVE
 	$(PY) -m pip install -q "setuptools>=77" wheel ninja numpy \
 	  matplotlib pillow rich safetensors scikit-learn tensorboard tqdm \
-	  expecttest hypothesis pytest pytest-benchmark pytest-xdist
+	  expecttest hypothesis onnx onnxscript pytest pytest-benchmark pytest-xdist
 else
 	$(PY) -m pip install -q "$(TORCH)" -r requirements.txt
 endif

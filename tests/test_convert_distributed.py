@@ -1,4 +1,4 @@
-"""Converted networks in two processes: SyncBatchNorm's protocol, DistributedDataParallel, FSDP2."""
+"""Converted and fused networks in two processes: SyncBatchNorm's protocol, DistributedDataParallel, FSDP2."""
 
 import os
 
@@ -69,13 +69,15 @@ def two_steps(wrapped, rank):
 
 
 def data_parallel(rank, form):
-    """Two steps of SGD: on torch's layers, on layers converted under the wrapper, on some reverted there again."""
+    """Two steps of SGD: on torch's layers, on layers converted (and fused) under the wrapper, on some reverted."""
     wrapped = nn.parallel.DistributedDataParallel(network())
     changed = 0
     if form != "torch":
         changed = len(cuda_cnn.convert(wrapped, strict=True).changed)
     if form == "reverted":
         cuda_cnn.revert(wrapped)
+    if form == "fused":
+        assert len(cuda_cnn.fuse(wrapped.module).fused) == 3
     return {"state": two_steps(wrapped, rank), "changed": changed}
 
 
@@ -83,8 +85,10 @@ def fully_sharded(rank, form):
     from torch.distributed.fsdp import fully_shard
 
     model = network()
-    if form == "converted":
+    if form != "torch":
         cuda_cnn.convert(model)
+    if form == "fused":
+        cuda_cnn.fuse(model)
     fully_shard(model[0])
     fully_shard(model)
     left = []
@@ -100,9 +104,9 @@ def worker(rank, folder):
     results = {}
     for name, split in SPLITS.items():
         results["sync", name] = sync_batch_norm(rank, split, affine=name == "uneven")
-    for form in ("torch", "converted", "reverted"):
+    for form in ("torch", "converted", "reverted", "fused"):
         results["ddp", form] = data_parallel(rank, form)
-    for form in ("torch", "converted"):
+    for form in ("torch", "converted", "fused"):
         results["fsdp", form] = fully_sharded(rank, form)
     torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
@@ -115,7 +119,7 @@ def test_in_two_processes(tmp_path, monkeypatch):
     results = [torch.load(tmp_path / str(rank), weights_only=False) for rank in range(RANKS)]
     for name in SPLITS:
         check_sync_batch_norm([r["sync", name] for r in results], name)
-    for form in ("converted", "reverted"):
+    for form in ("converted", "reverted", "fused"):
         check_data_parallel(results, form)
     check_fully_sharded(results)
 
@@ -170,7 +174,8 @@ def check_data_parallel(results, form):
 
 def check_fully_sharded(results):
     for result in results:
-        ours, torchs = result["fsdp", "converted"]["state"], result["fsdp", "torch"]["state"]
-        torch.testing.assert_close(ours, torchs, rtol=1e-10, atol=1e-12)
-        assert not torch.equal(ours["1.weight"], network()[1].weight)
+        for form in ("converted", "fused"):
+            ours, torchs = result["fsdp", form]["state"], result["fsdp", "torch"]["state"]
+            torch.testing.assert_close(ours, torchs, rtol=1e-10, atol=1e-12)
+            assert not torch.equal(ours["1.weight"], network()[1].weight)
         assert "fully_shard" in result["fsdp", "converted"]["left"][0]

@@ -1,4 +1,7 @@
-"""A converted network under the rest of PyTorch: each tool gives what it gives for torch's own layers."""
+"""A converted and a fused network under the rest of PyTorch: each tool gives what it gives for torch's own layers.
+
+DistributedDataParallel and FSDP2 are in test_convert_distributed.py, pickles and torch.save in test_convert.py and
+test_fuse.py."""
 
 import copy
 
@@ -11,20 +14,25 @@ from torch.utils.checkpoint import checkpoint
 import cuda_cnn
 
 
-def network():
+def network(groups=2):
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
-        *(nn.Conv2d(8, 6, 3, groups=2), nn.LocalResponseNorm(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        *(nn.Conv2d(8, 6, 3, groups=groups), nn.LocalResponseNorm(3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         nn.Linear(6, 4),
     )
 
 
-def pair(dtype=torch.float32):
-    model = network().to(dtype)
+def pair(form="converted", dtype=torch.float32, groups=2):
+    model = network(groups).to(dtype)
     ours = copy.deepcopy(model)
     cuda_cnn.convert(ours, strict=True)
+    if form == "fused":
+        assert len(cuda_cnn.fuse(ours).fused) == 3
     return ours, model
+
+
+forms = pytest.mark.parametrize("form", ["converted", "fused"])
 
 
 def batch(n=4, size=10, dtype=torch.float32):
@@ -43,11 +51,20 @@ def close(ours, torchs, tolerance=2e-5):
 
 
 def test_compile_fullgraph_with_dynamic_shapes():
-    ours, model = (module[:6] for module in pair(torch.float64))
+    ours, model = (module[:6] for module in pair(dtype=torch.float64))
     compiled = torch.compile(ours, fullgraph=True, dynamic=True)
     for n, size in ((4, 10), (3, 12)):
         x = batch(n, size, torch.float64)
         close(gradients(ours, x, compiled), gradients(model, x), 1e-10)
+
+
+def test_compile_and_export_of_a_fused_network_see_its_own_forward():
+    ours, model = pair("fused")
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    close(gradients(ours, batch(), compiled), gradients(model, batch()))
+    program = torch.export.export(ours.eval(), (batch(),))
+    assert any("cuda_cnn.conv2d" in str(node.target) for node in program.graph.nodes)
+    close(program.module()(batch()), model.eval()(batch()))
 
 
 def test_export_and_aot_inductor(tmp_path):
@@ -60,7 +77,7 @@ def test_export_and_aot_inductor(tmp_path):
 
 
 def test_func():
-    ours, model = pair(torch.float64)
+    ours, model = pair(dtype=torch.float64)
     ours.eval(), model.eval()
     x = batch(dtype=torch.float64)
 
@@ -78,9 +95,10 @@ def test_func():
         close(ours_grads[name], torch_grads[name], 1e-9)
 
 
+@forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_with_scaler(dtype):
-    ours, model = pair()
+def test_autocast_with_scaler(dtype, form):
+    ours, model = pair(form)
     results = []
     for module in (ours, model):
         optimiser, scaler = (
@@ -100,19 +118,21 @@ def test_autocast_with_scaler(dtype):
     close(*results, tolerance=3e-2)
 
 
-def test_fake_tensors_and_flops():
+@forms
+def test_fake_tensors_and_flops(form):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    ours, model = pair()
-    counts = []
+    ours, model = pair(form)
     for module in (ours, model):
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             y = module(mode.from_tensor(batch()))
             assert y.shape == (4, 4) and y.stride() == (4, 1)
-        # Without the grouped layer, whose weight gradient torch's own formula counts once for each group.
+    # Without groups: torch's own formula counts a grouped layer's weight gradient once for each.
+    counts = []
+    for module in pair(form, groups=1):
         with FlopCounterMode(display=False) as counter:
-            module[:4](batch()).sum().backward()
+            module(batch()).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
@@ -125,11 +145,17 @@ def test_profiler_names():
     forward = {"conv2d", "batch_norm", "local_response_norm", "max_pool2d_with_taps"}
     backward = {"conv2d_input_grad", "conv2d_weight_grad", "batch_norm_backward", "max_pool2d_backward"}
     assert {f"cuda_cnn::{name}" for name in forward | backward} <= names
+    cuda_cnn.fuse(ours)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours(batch()).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"cuda_cnn::conv2d_fused", "cuda_cnn::conv2d_fused_backward", "cuda_cnn::channel_map"} <= names
 
 
+@forms
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
-def test_activation_checkpointing(reentrant):
-    ours, _ = pair()
+def test_activation_checkpointing(reentrant, form):
+    ours, _ = pair(form)
     expected = [g.clone() for g in gradients(ours.eval(), batch())]
     x = batch().requires_grad_()
     again = gradients(ours, x, lambda x: checkpoint(ours, x, use_reentrant=reentrant))
@@ -157,8 +183,9 @@ def test_symbolic_trace():
     assert torch.equal(traced(batch(), w), F.max_pool2d(cuda_cnn.functional.conv2d(batch(), w), 2))
 
 
-def test_deterministic_mode():
-    ours, _ = pair()
+@forms
+def test_deterministic_mode(form):
+    ours, _ = pair(form)
     torch.use_deterministic_algorithms(True)
     try:
         first = [g.clone() for g in gradients(ours.eval(), batch())]
@@ -167,11 +194,16 @@ def test_deterministic_mode():
         torch.use_deterministic_algorithms(False)
 
 
-def test_onnx_through_the_torch_form(tmp_path):
-    pytest.importorskip("onnx")
+@forms
+def test_onnx_through_the_torch_form(form):
     pytest.importorskip("onnxscript")
-    ours, _ = pair()
-    cuda_cnn.revert(ours)
-    program = torch.onnx.export(ours.eval(), (batch(),), dynamo=True)
-    operators = {node.op_type for node in program.model.graph}
-    assert {"Conv", "MaxPool"} <= operators and not any("cuda_cnn" in op for op in operators)
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+    ours, _ = pair(form)
+    expected = ours.eval()(batch())
+    plain = copy.deepcopy(ours)
+    cuda_cnn.revert(plain)
+    proto = torch.onnx.export(plain, (batch(),), dynamo=True, verbose=False).model_proto
+    operators = {node.op_type for node in proto.graph.node}
+    assert {"Conv", "MaxPool"} <= operators and {node.domain for node in proto.graph.node} == {""}
+    (found,) = evaluator(proto).run(None, {proto.graph.input[0].name: batch().numpy()})
+    close(torch.from_numpy(found), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from typing import Any
 
 import torch
@@ -25,6 +27,15 @@ class FusedForward:
         self.module = module
         self.plans: dict[tuple, tuple[nn.Module | None, Report]] = {}
         self.last: tuple | None = None
+
+    # torch.export looks at its model's forward as at a function.
+    @property
+    def __code__(self) -> types.CodeType:
+        return type(self.module).forward.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def __getstate__(self) -> dict:
         return {"module": self.module, "plans": {}, "last": None}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from cuda_cnn.ops import _library
 from cuda_cnn.ops import conv2d as _conv2d
@@ -352,6 +353,17 @@ def _(dz: Tensor, x: Tensor, scale: Tensor, shift: Tensor, z: Any, relu: bool, w
 @torch.library.register_fake("cuda_cnn::channel_statistics")
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+
+@register_flop_formula(_library.ops.conv2d_fused)
+def _(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    return _conv2d._flops(out_shape[0], weight)
+
+
+@register_flop_formula(_library.ops.conv2d_fused_backward)
+def _(dy: Any, dmean: Any, dvar: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    wants = args[-1]
+    return ((wants[0] or wants[3]) + wants[1]) * _conv2d._flops(dy, weight)
 
 
 _library.register_autograd("conv2d_fused", Conv2dFusedFunction)
