@@ -20,6 +20,16 @@ CUDA_CNN_INLINE void zero_channels(int64_t count, Acc* out) {
   for (int64_t c = 0; c < count; c += kLanes<Acc>) store(out + c, Vec<Acc>{});
 }
 
+// A row of taps from column w0 on, of which not all are inside the image.
+template <class T>
+void copy_clipped(const Gather<T>& g, const T* from, int64_t w0, const T* end, Accumulator<T>* out) {
+  const int64_t depth = g.S * g.channels, left = min64(max64(-w0, 0), g.S) * g.channels;
+  const int64_t right = max64(min64(g.W - w0, g.S) * g.channels, left);
+  if (left > 0) zero_channels(left, out);
+  if (left < right) copy_channels(from + left, right - left, end, out + left);
+  if (right < depth) zero_channels(depth - right, out + right);
+}
+
 template <class T>
 void map_channels(const Gather<T>& gather, int64_t channel, int64_t count, Accumulator<T>* out) {
   using Acc = Accumulator<T>;
@@ -54,13 +64,16 @@ void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t
     const T* image = g.source + n * g.H * g.W * g.pixel;
     const T* end = image + (g.H * g.W - 1) * g.pixel + g.channels;
     int64_t r = first_tap / g.S, s = first_tap % g.S;
-    if (joined && w0 >= 0 && w0 + g.S <= g.W) {
-      for (int64_t d = 0; d < depth; d += row_depth, ++r) {
-        const int64_t h = h0 + r * g.tap_h;
-        if (h >= 0 && h < g.H) {
-          copy_channels(image + (h * g.W + w0) * g.pixel, row_depth, end, out + d);
-        } else {
+    if (joined) {
+      const bool inside = w0 >= 0 && w0 + g.S <= g.W;
+      int64_t h = h0 + r * g.tap_h, at = (h * g.W + w0) * g.pixel;
+      for (int64_t d = 0; d < depth; d += row_depth, h += g.tap_h, at += g.tap_h * g.W * g.pixel) {
+        if (h < 0 || h >= g.H) {
           zero_channels(row_depth, out + d);
+        } else if (inside) {
+          copy_channels(image + at, row_depth, end, out + d);
+        } else {
+          copy_clipped(g, image + at, w0, end, out + d);
         }
       }
     } else {
