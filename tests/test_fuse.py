@@ -131,6 +131,18 @@ def test_same_numbers_in_every_mode(name, layout):
     assert_same(plain, fused, x)
 
 
+@pytest.mark.parametrize("name,size", [("lenet5", 32), ("lenet5_modern", 32), ("alexnet_cifar", 32)])
+def test_networks_without_normalisation(name, size):
+    torch.manual_seed(0)
+    plain = cuda_cnn.create_model(name).double()
+    fused = copy.deepcopy(plain)
+    cuda_cnn.fuse(fused)
+    channels = next(m.in_channels for m in plain.modules() if isinstance(m, nn.Conv2d))
+    x = torch.rand(2, channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for training in (True, False):
+        assert_same(plain.train(training), fused.train(training), x)
+
+
 @pytest.mark.parametrize("name", ["bottlenecks", "dense", "inception"])
 def test_same_loss_curve(name):
     """20 steps of SGD in float32, against the unfused network in the same precision."""
