@@ -73,10 +73,12 @@ def test_no_bank_conflict_and_full_sectors(engine, dtype, case, pass_):
     loads = [counter for counter in main_loop if counter.traffic == "cp.async load"]
     assert {"cp.async store"} < {counter.traffic for counter in shared}, counters
     assert loads, counters
-    if case == "stem" and dtype == torch.float32:
-        loads = []  # cells of 12 channels are 48 bytes: every other 64 of them share a sector with the next
-    for counter in shared + loads:
+    for counter in shared:
         assert counter.cost == counter.ideal, counter
+    for counter in loads:
+        # A stem's cells of 12 float32 are 48 bytes: what a request reads may begin and end within a sector.
+        partial = counter.requests if case == "stem" and dtype == torch.float32 else 0
+        assert counter.cost <= counter.ideal + partial, counter
     stores = [counter for counter in counters if counter.traffic == "global store"]
     assert stores
     for counter in stores:
