@@ -2,8 +2,9 @@
 //
 // Two sums a channel are taken over parts whose size is fixed, then over the parts in index order in double:
 // the same bits in every run and on every card.
-//   rows    channels_last: a thread has a pack of channels (16 bytes, or one) and every 32nd (8th) row of the
-//   part planes  contiguous: a block has one channel, its threads packs of neighbouring pixels
+//   rows    channels_last: a thread has a pack of channels (16 bytes, or one) and every 32nd (8th) row
+//           of the part
+//   planes  contiguous: a block has one channel, its threads packs of neighbouring pixels
 #pragma once
 
 #include "cuda/launch.cuh"

@@ -1,8 +1,8 @@
 // The passes of kernels/conv2d_fused.h.
 //
 //   map          a pack of four channels a thread, or one where they do not fill packs
-//   gradient     32 neighbouring channels by 8 shares of kPartPixels pixels a block; each part leaves its
-//   sums finish_sums  all parts together, in float64, in index order
+//   gradient     32 neighbouring channels by 8 shares of kPartPixels pixels a block; a part leaves its sums
+//   finish_sums  all parts together, in float64, in index order
 #include "kernels/conv2d_fused.h"
 
 #include "cuda/launch.cuh"

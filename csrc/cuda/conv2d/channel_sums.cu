@@ -1,8 +1,8 @@
 // Sums over the pixels of each channel of an NHWC tensor, in an order that the shape alone decides: the
 // gradient of the bias, and the mean and variance of an output whose own kernel left no partial sums.
 //
-//   part_sums     (sum, M2) of kSumPixels pixels, M2 = sum of squared distances from their mean, about a
-//   pivot finish_sums   all parts together in float64: var = (sum of M2 + sum^2 / n) / M - mean^2
+//   part_sums    (sum, M2) of kSumPixels pixels, M2 = sum of squared distances from their mean
+//   finish_sums  all parts together in float64: var = (sum of M2 + sum^2 / n) / M - mean^2
 #include "cuda/conv2d/kernels.h"
 #include "cuda/launch.cuh"
 #include "cuda/vec.cuh"

@@ -1,13 +1,13 @@
 // Input and weight in blocks of pixels (space to depth), for channels that do not fill 16-byte packs: stems
 // above all.
 //
-//   input   z[n][i][j][g][(u, v, c)] = x[n][i*bh - pad_h + u][j*bw - pad_w + v][g*C/groups + c]   u < bh, v <
-//   bw weight  [k][r][s][(u, v, c)]     = w[k][r*bh + u][s*bw + v][c]
+//   input   z[n][i][j][g][(u, v, c)] = x[n][i*bh - pad_h + u][j*bw - pad_w + v][g*C/groups + c]
+//   weight  [k][r][s][(u, v, c)]     = w[k][r*bh + u][s*bw + v][c]
 //
-// with zeros outside of x and of the filter, and up to whole packs. y = z * w then has no padding, and stride
-// 1 where the blocks are as large as the stride (block_axis): AlexNet's 11x11/4 on 3 channels becomes 3x3 on
-// 48, ResNet's 7x7/2 a 4x4 on 12. The prologue is applied here, before the zeros. The gradient of the weight
-// comes out in the same order and is brought back while its splits are added.
+// for u < bh and v < bw, with zeros outside of x and of the filter, and up to whole packs. y = z * w then has
+// no padding, and stride 1 where the blocks are as large as the stride (block_axis): AlexNet's 11x11/4 on 3
+// channels becomes 3x3 on 48, ResNet's 7x7/2 a 4x4 on 12. The prologue is applied here, before the zeros. The
+// gradient of the weight comes out in the same order and is brought back while its splits are added.
 #include "cuda/conv2d/kernels.h"
 #include "cuda/conv2d/load.cuh"
 #include "cuda/launch.cuh"
