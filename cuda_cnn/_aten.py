@@ -6,7 +6,7 @@ charge, and call the backward operators of this table.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -202,20 +202,10 @@ def native_batch_norm_backward(
     return tuple(d if wanted else None for d, wanted in zip((dx, dweight, dbias), output_mask, strict=True))
 
 
-def batch_norm_without_cudnn(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> Tensor:
-    """Leads a CUDA call to native_batch_norm: cuDNN's operator hands its backward a reserve that is cuDNN's own."""
-    arguments = (x, weight, bias, running_mean, running_var, training, momentum, eps, False)
-    return torch.ops.aten._batch_norm_impl_index(*arguments)[0]
+def batch_norm_without_cudnn(*arguments: Any) -> Tensor:
+    """aten::batch_norm, led to native_batch_norm: cuDNN's operator hands its backward a reserve that is cuDNN's own."""
+    *arguments, _cudnn_enabled = arguments
+    return torch.ops.aten._batch_norm_impl_index(*arguments, False)[0]
 
 
 # ---- concat -------------------------------------------------------------------------------------------------
