@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cuda_cnn import _aten, override
 from cuda_cnn.convert import DTYPES, convert, why_left
+from cuda_cnn.fuse import watched
 from cuda_cnn.ops import conv2d
 
 __all__ = ["Explanation", "Row", "explain"]
@@ -126,7 +127,8 @@ def explain(model: Module, *inputs: Any, **kwargs: Any) -> Explanation:
     if not isinstance(model, Module):
         raise TypeError(f"explain: expected model to be a torch.nn.Module, got {type(model).__name__}")
     watcher = _Watcher()
-    with _untouched(model), watcher.layers_of(model), torch.no_grad(), watcher:
+    fused = watched(model, watcher.fused_layer)
+    with _untouched(model), fused, watcher.layers_of(model), torch.no_grad(), watcher:
         model(*inputs, **kwargs)
     return Explanation(watcher.rows)
 
@@ -137,8 +139,19 @@ class _Watcher(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[Row] = []
-        self.stack: list[tuple[str, Module]] = []
+        self.stack: list[tuple[str, Module | None]] = []
         self.casts: list[tuple[str, int]] = []
+        self.fused = ""  # what fuse has made of the layer that is running
+
+    @contextlib.contextmanager
+    def fused_layer(self, name: str, what: str) -> Iterator[None]:
+        self.stack.append((name, None))
+        self.fused = what
+        try:
+            yield
+        finally:
+            self.stack.pop()
+            self.fused = ""
 
     @contextlib.contextmanager
     def layers_of(self, model: Module) -> Iterator[None]:
@@ -171,7 +184,7 @@ class _Watcher(TorchDispatchMode):
         elif space == "cuda_cnn" and not name.startswith(("conv2d_algorithm", "conv2d_cuda_kernel")):
             x = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
             y = output[0] if isinstance(output, (list, tuple)) else output
-            algorithm, reason = _algorithm(args) if name == "conv2d" else ("", "")
+            algorithm, reason = _algorithm(args) if name == "conv2d" else ("", self.fused)
             self._add(name, True, x, x if y is None else y, reason, algorithm, _copies(name, args, y))
         return output
 

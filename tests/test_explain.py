@@ -142,3 +142,24 @@ def test_on_the_command_line(capsys, tmp_path):
     for wrong in (["lenet6"], ["lenet5", "--input", "3x3"], ["keras:resnet"]):
         assert cli.main(["explain", *wrong]) == 2
         assert capsys.readouterr().err.startswith("cuda-cnn explain:")
+
+
+def test_fused_networks_are_shown_as_they_run():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 1))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(block, nn.LocalResponseNorm(3)), nn.MaxPool2d(2))
+    cuda_cnn.convert(model)
+    cuda_cnn.fuse(model[1])
+    forward, x = model[1].forward, torch.randn(2, 3, 8, 8)
+    found = cuda_cnn.explain(model, x).rows
+    assert [(r.layer, r.operator) for r in found] == [
+        ("0", "conv2d"),
+        ("1.0.0", "conv2d_fused"),
+        ("1.0.3", "conv2d_fused"),
+        ("1.1", "local_response_norm"),
+        ("2", "max_pool2d"),
+    ]
+    assert [r.reason for r in found[1:3]] == ["statistics in its epilogue", "norm and ReLU on its load"]
+    assert all(r.ours for r in found) and model[1].forward is forward
+    (folded, *_) = (r for r in cuda_cnn.explain(model.eval(), x).rows if r.operator == "conv2d_fused")
+    assert folded.layer == "1.0.0" and folded.reason == "norm folded in, ReLU"

@@ -7,7 +7,7 @@
 - `install.py`  how a module comes to run the new graph, and stops
 """
 
-from cuda_cnn.fuse.install import fuse, unfuse
+from cuda_cnn.fuse.install import fuse, unfuse, watched
 from cuda_cnn.fuse.report import Report
 
-__all__ = ["Report", "fuse", "unfuse"]
+__all__ = ["Report", "fuse", "unfuse", "watched"]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import operator
 import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +17,8 @@ from cuda_cnn.fuse import layers
 from cuda_cnn.fuse.report import Report, Row
 from cuda_cnn.fuse.rewrite import Rewriter
 from cuda_cnn.fuse.trace import Untraceable, has_hooks, trace
+
+Around = Callable[[str, str], AbstractContextManager]
 
 _PLANS = 4  # modes of one network worth keeping: training, inference, some layers frozen, …
 
@@ -90,6 +96,53 @@ class _without_fused_forwards:  # noqa: N801
 
     def __exit__(self, *_: Any) -> None:
         self.module.__dict__["forward"] = self.fused
+
+
+class _Watched(fx.Interpreter):
+    """Runs a fused graph node by node, and tells which layer each node belongs to and what the report says of it."""
+
+    def __init__(self, forward: FusedForward, around: Around) -> None:
+        graph, report = forward.plan()
+        super().__init__(graph)
+        self.forward = forward
+        self.what, self.around = {row.layer: row.what for row in report.fused}, around
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args) if _plain(args, kwargs) and not kwargs else self.forward(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        layer = _layer_of(n) if n.op == "call_function" else ""
+        with self.around(layer, self.what[layer]) if layer in self.what else contextlib.nullcontext():
+            return super().run_node(n)
+
+
+def _layer_of(node: fx.Node) -> str:
+    """The first layer that a node is given, itself or by its scale and shift."""
+    parts = [a for a in node.args if isinstance(a, fx.Node)]
+    for part in parts:
+        if part.op == "get_attr":
+            return str(part.target)
+    vectors = (operator.getitem, layers.normalise, layers.frozen)
+    return next((name for p in parts if p.target in vectors and (name := _layer_of(p))), "")
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, around: Around) -> Iterator[None]:
+    """While it lasts, `around(layer, what the report says)` is entered for each layer that runs in a fused graph: the
+    graph of now, whatever hooks are added in between."""
+    fused = [(name, m, m.__dict__["forward"]) for name, m in model.named_modules() if is_fused(m)]
+    for prefix, module, forward in fused:
+
+        def named(layer: str, what: str, prefix: str = prefix) -> AbstractContextManager:
+            return around(f"{prefix}.{layer}" if prefix else layer, what)
+
+        if forward.plan()[0] is not None:
+            module.forward = _Watched(forward, named)
+    try:
+        yield
+    finally:
+        for _, module, forward in fused:
+            module.forward = forward
 
 
 def _plain(args: tuple, kwargs: dict) -> bool:
