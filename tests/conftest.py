@@ -41,6 +41,12 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         pytest.skip(str(reason))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every run and in any order of the tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Maps of a few pixels: waiting for a second thread takes longer than the work."""

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from helpers import assert_bitwise, reals
+from torch._dynamo import compiled_autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -13,31 +14,31 @@ from cuda_cnn import _C, nn
 from cuda_cnn import functional as F
 
 STATISTICS = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-# name: (function, shapes of its differentiable inputs, name of its node)
+# name: (function, shapes of its differentiable inputs, name of its torch::autograd::Function)
 OPERATORS = {
     "conv2d": (
         lambda x, w, b: F.conv2d(x, w, b, padding=1),
         [(2, 4, 6, 6), (5, 4, 3, 3), (5,)],
-        "Conv2dBackward",
+        "Conv2d",
     ),
-    "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2), [(2, 4, 7, 7)], "MaxPool2dBackward"),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 3, 2), [(2, 4, 7, 7)], "MaxPool2dWithTaps"),
     "local_response_norm": (
         lambda x: F.local_response_norm(x, 3, 0.5),
         [(2, 4, 3, 3)],
-        "LocalResponseNormBackward",
+        "LocalResponseNorm",
     ),
     "batch_norm": (
         lambda x, w, b: F.batch_norm(x, None, None, w, b, True, relu=True),
         [(3, 4, 3, 3), (4,), (4,)],
-        "BatchNormBackward",
+        "BatchNorm",
     ),
     "batch_norm_eval": (
         lambda x, w, b: F.batch_norm(x, *STATISTICS, w, b),
         [(3, 4, 3, 3), (4,), (4,)],
-        "BatchNormBackward",
+        "BatchNorm",
     ),
-    "concat": (lambda x, y: F.concat([x, y], 1), [(2, 4, 3, 3), (2, 3, 3, 3)], "ConcatBackward"),
-    "subsample": (lambda x, k, b: F.subsample(x, k, b, 2), [(2, 4, 6, 6), (4,), (4,)], "SubsampleBackward"),
+    "concat": (lambda x, y: F.concat([x, y], 1), [(2, 4, 3, 3), (2, 3, 3, 3)], "Concat"),
+    "subsample": (lambda x, k, b: F.subsample(x, k, b, 2), [(2, 4, 6, 6), (4,), (4,)], "Subsample"),
 }
 
 
@@ -64,7 +65,7 @@ def test_the_direct_call_of_the_operator_is_the_function(operator):
     """torch.ops, without the public function and its short way in, has the same derivative."""
     function, inputs, node = operator
     y = function(*inputs)
-    assert y.grad_fn.name() == node
+    assert y.grad_fn.name().endswith(f"::{node}>")
     assert len(y.grad_fn.next_functions) >= len(inputs)
 
 
@@ -132,9 +133,9 @@ def test_an_output_that_changed_is_an_error_where_it_was_saved():
 
 def test_anomaly_mode_names_the_node(operator):
     function, inputs, node = operator
-    with torch.autograd.detect_anomaly(check_nan=True), pytest.warns(UserWarning, match=node):
+    with torch.autograd.detect_anomaly(check_nan=True), pytest.warns(UserWarning, match=f"::{node}>"):
         y = function(*inputs)
-        with pytest.raises(RuntimeError, match=f"{node}.* returned nan"):
+        with pytest.raises(RuntimeError, match=f"::{node}>.* returned nan"):
             y.backward(torch.full_like(y, float("nan")))
 
 
@@ -207,6 +208,21 @@ def test_double_backward_through_functorch_is_autograds(operator):
     expected = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_autograd_traces_the_backward(operator):
+    function, inputs, _ = operator
+    expected, graphs = gradients(function, inputs), []
+
+    def compiler(graph):
+        graphs.append(graph)
+        return torch.compile(graph, backend="eager", fullgraph=True)
+
+    y = function(*inputs)
+    with compiled_autograd._enable(compiler):
+        y.backward(reals(*y.shape, dtype=y.dtype, seed=9))
+    assert_same([t.grad for t in inputs], expected)
+    assert len(graphs) == 1
 
 
 def test_inference_mode(operator):

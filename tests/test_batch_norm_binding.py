@@ -48,6 +48,17 @@ def test_opcheck(layout, training, relu):
     )
 
 
+def test_the_returned_statistics_have_derivatives():
+    x, _, weight, bias, *_ = arguments((3, 2, 2, 2), torch.float64)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def statistics(x, weight, bias):
+        return torch.ops.cuda_cnn.batch_norm(x, None, weight, bias, None, None, True, EPS, False)
+
+    torch.autograd.gradcheck(statistics, inputs)
+    torch.autograd.gradgradcheck(statistics, inputs)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compile_and_export(layout):
     eager, compiled = nn.BatchNorm2d(6), nn.BatchNorm2d(6)

@@ -3,24 +3,57 @@
 namespace cuda_cnn::autograd {
 namespace {
 
-struct BatchNormBackward : Formula {
-  static constexpr const char* kName = "BatchNormBackward";
-  BatchNormMode mode;
-  bool has_residual;
+// Of mean and var, where somebody uses them beside y: (dmean + 2·dvar·(x − mean)) / M, with M a channel's
+// elements.
+Tensor through_statistics(const Tensor& x, const Tensor& mean, const Tensor& dmean, const Tensor& dvar) {
+  if (x.sym_numel() == 0) return at::zeros_like(x);
+  std::vector<int64_t> column(x.dim() - 1, 1);
+  column[0] = -1;
+  const c10::SymInt count = x.sym_numel() / x.sym_size(1);
+  Tensor dx = at::zeros_like(x, mean.scalar_type());
+  if (dmean.defined()) dx = dx + dmean.view(column) / count;
+  if (dvar.defined()) dx = dx + (x - mean.view(column)) * (dvar.view(column) * 2 / count);
+  return dx.to(x.scalar_type());
+}
 
-  variable_list operator()(const Derivative& of) const {
-    const Tensor& dy = of.grads[0];
+struct BatchNorm : Function<BatchNorm, &batch_norm> {
+  template <class Results>
+  static void save(AutogradContext* ctx, const Results& results, const Tensor& x,
+                   const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                   const BatchNormMode& mode) {
+    const auto& [y, mean, var] = results;
+    // The ReLU's mask is recomputed from x, bit for bit, unless a residual went into it.
+    const Tensor masking = mode.relu && residual ? y : Tensor();
+    ctx->save_for_backward({x, masking, weight.value_or(Tensor()), bias.value_or(Tensor()),
+                            mode.training ? mean : *running_mean, mode.training ? var : *running_var});
+    ctx->saved_data["mode"] = mode.values();
+    ctx->saved_data["has_residual"] = residual.has_value();
+  }
+
+  static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list s = ctx->get_saved_variables();  // x, y, weight, bias, mean, var
+    const BatchNormMode mode(ctx->saved_data["mode"]);
+    size_t edges = 0;  // what was not given has none
+    const auto wanted = [&](bool given) { return given && ctx->needs_input_grad(edges++); };
+    const bool has_residual = ctx->saved_data["has_residual"].toBool();
+    const bool wants_x = wanted(true), wants_residual = wanted(has_residual),
+               wants_weight = wanted(s[2].defined()), wants_bias = wanted(s[3].defined());
     variable_list result(6);
-    if (!dy.defined()) return result;
-    const variable_list& s = of.saved;  // x, y, weight, bias, mean, var
-    const bool wants_parameters = of.wanted(2) || of.wanted(3), masks = mode.relu && has_residual;
-    const auto [dx, dweight, dbias, dresidual] =
-        batch_norm_backward(dy, s[0], optional(s[1]), optional(s[2]), optional(s[3]), s[4], s[5], mode,
-                            {of.wanted(0), wants_parameters, of.wanted(1) && masks});
-    if (of.wanted(0)) result[0] = dx;
-    if (of.wanted(1)) result[1] = masks ? dresidual : dy;
-    if (of.wanted(2)) result[2] = dweight;
-    if (of.wanted(3)) result[3] = dbias;
+    if (const Tensor& dy = grads[0]; dy.defined()) {
+      const bool masks = mode.relu && has_residual;
+      const auto [dx, dweight, dbias, dresidual] =
+          batch_norm_backward(dy, s[0], optional(s[1]), optional(s[2]), optional(s[3]), s[4], s[5], mode,
+                              {wants_x, wants_weight || wants_bias, wants_residual && masks});
+      if (wants_x) result[0] = dx;
+      if (wants_residual) result[1] = masks ? dresidual : dy;
+      if (wants_weight) result[2] = dweight;
+      if (wants_bias) result[3] = dbias;
+    }
+    if (wants_x && mode.training && (grads[1].defined() || grads[2].defined())) {
+      const Tensor dx = through_statistics(s[0], s[4], grads[1], grads[2]);
+      result[0] = result[0].defined() ? result[0] + dx : dx;
+    }
     return result;
   }
 };
@@ -33,35 +66,42 @@ struct BatchNormBackward : Formula {
 //     dx = weight·s·P(g)      dweight = Σ g·x̂      dbias = Σ g      dresidual = g
 // mean and var count as functions of x in training, and as constants otherwise. Plain tensor arithmetic, so
 // that autograd takes every further derivative by itself.
-struct BatchNormDoubleBackward : Formula {
-  static constexpr const char* kName = "BatchNormDoubleBackward";
-  static constexpr size_t kOutputs = 4;
-  BatchNormMode mode;
+struct BatchNormBackward : Function<BatchNormBackward, &batch_norm_backward> {
+  template <class Results>
+  static void save(AutogradContext* ctx, const Results&, const Tensor& dy, const Tensor& x,
+                   const OptionalTensor& y, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const Tensor& mean, const Tensor& var, const BatchNormMode& mode,
+                   const std::array<bool, 3>&) {
+    ctx->save_for_backward(
+        {dy, x, y.value_or(Tensor()), weight.value_or(Tensor()), bias.value_or(Tensor()), mean, var});
+    ctx->saved_data["mode"] = mode.values();
+  }
 
-  variable_list operator()(const Derivative& of) const {
-    const Tensor &dy = of.saved[0], &x = of.saved[1], &y = of.saved[2], &weight = of.saved[3],
-                 &bias = of.saved[4];
-    const auto compute = at::promote_types(x.scalar_type(), at::kFloat);
+  static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &dy = saved[0], &x = saved[1], &y = saved[2], &weight = saved[3], &bias = saved[4];
+    const BatchNormMode mode(ctx->saved_data["mode"]);
+    const auto wide = at::promote_types(x.scalar_type(), at::kFloat);
     std::vector<int64_t> dims, column(x.dim() - 1, 1);
     for (int64_t d = 0; d < x.dim(); ++d) {
       if (d != 1) dims.push_back(d);
     }
     column[0] = -1;
-    const auto per_channel = [&](const Tensor& t) { return t.to(compute).view(column); };
+    const auto per_channel = [&](const Tensor& t) { return t.to(wide).view(column); };
     const auto mean_of = [&](const Tensor& t) { return t.mean(dims, /*keepdim=*/true); };
     const auto given = [&](size_t i, bool channel) {
-      const bool some = of.grads[i].defined() && of.grads[i].sym_numel() != 0;
-      return !some ? Tensor() : channel ? per_channel(of.grads[i]) : of.grads[i].to(compute);
+      const bool some = grads[i].defined() && grads[i].sym_numel() != 0;
+      return !some ? Tensor() : channel ? per_channel(grads[i]) : grads[i].to(wide);
     };
     const Tensor gdx = given(0, false), gdweight = given(1, true), gdbias = given(2, true),
                  gdresidual = given(3, false);
 
-    Tensor g = dy.to(compute), mean, var;
-    const Tensor values = x.to(compute);
+    Tensor g = dy.to(wide), mean, var;
+    const Tensor values = x.to(wide);
     if (mode.training) {
       std::tie(var, mean) = at::var_mean(values, dims, /*correction=*/0, /*keepdim=*/true);
     } else {
-      mean = per_channel(of.saved[5]), var = per_channel(of.saved[6]);
+      mean = per_channel(saved[5]), var = per_channel(saved[6]);
     }
     const Tensor scale = (var + mode.eps).rsqrt(), normalised = (values - mean) * scale;
     const Tensor gamma = weight.defined() ? per_channel(weight) : at::ones_like(scale);
@@ -70,7 +110,7 @@ struct BatchNormDoubleBackward : Formula {
       const Tensor linear = y.defined()      ? y
                             : bias.defined() ? normalised * gamma + per_channel(bias)
                                              : normalised * gamma;
-      mask = (linear > 0).to(compute);
+      mask = (linear > 0).to(wide);
       g = g * mask;
     }
     const auto project = [&](const Tensor& t) {
@@ -110,38 +150,16 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_autograd(const Tensor& x, const Op
                                                        const OptionalTensor& running_mean,
                                                        const OptionalTensor& running_var, bool training,
                                                        double eps, bool relu) {
-  const BatchNormMode mode{training, eps, relu};
-  return record<BatchNormBackward>(
-      "batch_norm", [&] { return batch_norm(x, residual, weight, bias, running_mean, running_var, mode); },
-      [&](auto& node, const auto& results) {
-        const auto& [y, mean, var] = results;
-        node.save({x});
-        // The ReLU's mask is recomputed from x, bit for bit, unless a residual went into it.
-        if (relu && residual) {
-          node.save_output(y);
-        } else {
-          node.save({std::nullopt});
-        }
-        node.save({weight, bias, training ? mean : running_mean, training ? var : running_var});
-        node.formula.mode = mode;
-        node.formula.has_residual = residual.has_value();
-      },
-      x, residual, weight, bias, running_mean, running_var);
+  return BatchNorm::record("batch_norm", x, residual, weight, bias, running_mean, running_var,
+                           BatchNormMode(training, eps, relu));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward_autograd(
     const Tensor& dy, const Tensor& x, const OptionalTensor& y, const OptionalTensor& weight,
     const OptionalTensor& bias, const Tensor& mean, const Tensor& var, bool training, double eps, bool relu,
     std::array<bool, 3> wants) {
-  const BatchNormMode mode{training, eps, relu};
-  return record<BatchNormDoubleBackward>(
-      "batch_norm_backward",
-      [&] { return batch_norm_backward(dy, x, y, weight, bias, mean, var, mode, wants); },
-      [&](auto& node, const auto&) {
-        node.save({dy, x, y, weight, bias, mean, var});
-        node.formula.mode = mode;
-      },
-      dy, x, y, weight, bias, mean, var);
+  return BatchNormBackward::record("batch_norm_backward", dy, x, y, weight, bias, mean, var,
+                                   BatchNormMode(training, eps, relu), wants);
 }
 
 }  // namespace

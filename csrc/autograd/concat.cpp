@@ -3,43 +3,38 @@
 namespace cuda_cnn::autograd {
 namespace {
 
-// torch.cat passes over tensors of shape (0,) whatever the other shapes are.
-bool is_legacy_empty(const std::vector<c10::SymInt>& shape) { return shape.size() == 1 && shape[0] == 0; }
-
 // The part of dy that each input gave: views, as torch.cat's gradients are.
-struct ConcatBackward : Formula {
-  static constexpr const char* kName = "ConcatBackward";
-  std::vector<std::vector<c10::SymInt>> shapes;
-  int64_t dim;
+struct Concat : Function<Concat, &concat> {
+  static void save(AutogradContext* ctx, const Tensor& y, at::TensorList tensors, int64_t dim) {
+    const int64_t along = at::maybe_wrap_dim(dim, y.dim());
+    std::vector<c10::SymInt>
+        extents;  // -1: a shape of (0,), which torch.cat passes over whatever the others are
+    for (const Tensor& t : tensors) {
+      extents.push_back(t.dim() == 1 && t.sym_size(0) == 0 ? c10::SymInt(-1) : t.sym_size(along));
+    }
+    ctx->saved_data["extents"] = std::move(extents);
+    ctx->saved_data["dim"] = std::vector<int64_t>{along};
+  }
 
-  variable_list operator()(const Derivative& of) const {
-    const Tensor& dy = of.grads[0];
-    variable_list result(shapes.size());
+  static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor& dy = grads[0];
+    const auto extents = ctx->saved_data["extents"].toSymIntVector();
+    const int64_t along = ctx->saved_data["dim"].toIntVector()[0];
+    variable_list result(extents.size());
     if (!dy.defined()) return result;
-    const int64_t along = at::maybe_wrap_dim(dim, dy.dim());
     c10::SymInt start = 0;
-    for (size_t i = 0; i < shapes.size(); ++i) {
-      if (is_legacy_empty(shapes[i])) {
-        if (of.wanted(i)) result[i] = dy.new_zeros_symint(shapes[i]);
-        continue;
+    for (size_t i = 0; i < extents.size(); ++i) {
+      const bool passed_over = extents[i] == -1;
+      if (ctx->needs_input_grad(i)) {
+        result[i] = passed_over ? dy.new_empty({0}) : dy.narrow_symint(along, start, extents[i]);
       }
-      const c10::SymInt& extent = shapes[i][along];
-      if (of.wanted(i)) result[i] = dy.narrow_symint(along, start, extent);
-      start += extent;
+      if (!passed_over) start += extents[i];
     }
     return result;
   }
 };
 
-Tensor concat_autograd(at::TensorList tensors, int64_t dim) {
-  return record<ConcatBackward>(
-      "concat", [&] { return autograd::concat(tensors, dim); },
-      [&](auto& node, const Tensor&) {
-        for (const Tensor& tensor : tensors) node.formula.shapes.push_back(tensor.sym_sizes().vec());
-        node.formula.dim = dim;
-      },
-      tensors);
-}
+Tensor concat_autograd(at::TensorList tensors, int64_t dim) { return Concat::record("concat", tensors, dim); }
 
 }  // namespace
 

@@ -10,109 +10,109 @@ Geometry geometry_of(SymInts stride, SymInts padding, SymInts dilation, const c1
           pair("conv2d", "dilation", dilation), groups};
 }
 
-struct Conv2dBackward : Formula {
-  static constexpr const char* kName = "Conv2dBackward";
-  Geometry geometry;
-  bool channels_last;
+void save_all(AutogradContext* ctx, const Tensor& a, const Tensor& b, const Geometry& geometry,
+              bool channels_last) {
+  ctx->save_for_backward({a, b});
+  ctx->saved_data["geometry"] = geometry.values();
+  ctx->saved_data["channels_last"] = channels_last;
+}
 
-  variable_list operator()(const Derivative& of) const {
-    const Tensor &dy = of.grads[0], &x = of.saved[0], &weight = of.saved[1];
+struct Conv2d : Function<Conv2d, &conv2d> {
+  static void save(AutogradContext* ctx, const Tensor& y, const Tensor& x, const Tensor& weight,
+                   const OptionalTensor& bias, const Geometry& geometry) {
+    save_all(ctx, x, weight, geometry, y.sym_stride(1) == 1 && !y.is_contiguous());
+    ctx->saved_data["has_bias"] = bias.has_value();
+  }
+  static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(3);
-    if (!dy.defined()) return result;
-    if (of.wanted(0)) result[0] = conv2d_input_grad(dy, weight, x.sym_sizes(), geometry, channels_last);
-    if (of.wanted(1)) result[1] = conv2d_weight_grad(dy, x, weight.sym_sizes(), geometry, channels_last);
-    if (of.wanted(2)) result[2] = conv2d_bias_grad(dy);
+    if (!grads[0].defined()) return result;
+    const Tensor& dy = grads[0];
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    const Geometry geometry(ctx->saved_data["geometry"]);
+    const bool channels_last = ctx->saved_data["channels_last"].toBool();
+    if (ctx->needs_input_grad(0)) {
+      result[0] = conv2d_input_grad(dy, weight, x.sym_sizes(), geometry, channels_last);
+    }
+    if (ctx->needs_input_grad(1)) {
+      result[1] = conv2d_weight_grad(dy, x, weight.sym_sizes(), geometry, channels_last);
+    }
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) result[2] = conv2d_bias_grad(dy);
     return result;
   }
 };
 
 // Bilinear in (dy, weight).
-struct Conv2dInputGradBackward : Formula {
-  static constexpr const char* kName = "Conv2dInputGradBackward";
-  Geometry geometry;
-  bool channels_last;
-
-  variable_list operator()(const Derivative& of) const {
-    const Tensor &gg = of.grads[0], &dy = of.saved[0], &weight = of.saved[1];
+struct Conv2dInputGrad : Function<Conv2dInputGrad, &conv2d_input_grad> {
+  static void save(AutogradContext* ctx, const Tensor&, const Tensor& dy, const Tensor& weight, SymInts,
+                   const Geometry& geometry, bool channels_last) {
+    save_all(ctx, dy, weight, geometry, channels_last);
+  }
+  static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(2);
-    if (!gg.defined()) return result;
-    if (of.wanted(0)) result[0] = conv2d(gg, weight, {}, geometry);
-    if (of.wanted(1)) result[1] = conv2d_weight_grad(dy, gg, weight.sym_sizes(), geometry, channels_last);
+    if (!grads[0].defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &gg = grads[0], &dy = saved[0], &weight = saved[1];
+    const Geometry geometry(ctx->saved_data["geometry"]);
+    if (ctx->needs_input_grad(0)) result[0] = conv2d(gg, weight, {}, geometry);
+    if (ctx->needs_input_grad(1)) {
+      result[1] =
+          conv2d_weight_grad(dy, gg, weight.sym_sizes(), geometry, ctx->saved_data["channels_last"].toBool());
+    }
     return result;
   }
 };
 
 // Bilinear in (dy, x).
-struct Conv2dWeightGradBackward : Formula {
-  static constexpr const char* kName = "Conv2dWeightGradBackward";
-  Geometry geometry;
-  bool channels_last;
-
-  variable_list operator()(const Derivative& of) const {
-    const Tensor &gg = of.grads[0], &dy = of.saved[0], &x = of.saved[1];
+struct Conv2dWeightGrad : Function<Conv2dWeightGrad, &conv2d_weight_grad> {
+  static void save(AutogradContext* ctx, const Tensor&, const Tensor& dy, const Tensor& x, SymInts,
+                   const Geometry& geometry, bool channels_last) {
+    save_all(ctx, dy, x, geometry, channels_last);
+  }
+  static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
     variable_list result(2);
-    if (!gg.defined()) return result;
-    if (of.wanted(0)) result[0] = conv2d(x, gg, {}, geometry);
-    if (of.wanted(1)) result[1] = conv2d_input_grad(dy, gg, x.sym_sizes(), geometry, channels_last);
+    if (!grads[0].defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &gg = grads[0], &dy = saved[0], &x = saved[1];
+    const Geometry geometry(ctx->saved_data["geometry"]);
+    if (ctx->needs_input_grad(0)) result[0] = conv2d(x, gg, {}, geometry);
+    if (ctx->needs_input_grad(1)) {
+      result[1] =
+          conv2d_input_grad(dy, gg, x.sym_sizes(), geometry, ctx->saved_data["channels_last"].toBool());
+    }
     return result;
   }
 };
 
-struct Conv2dBiasGradBackward : Formula {
-  static constexpr const char* kName = "Conv2dBiasGradBackward";
-  std::vector<c10::SymInt> shape;
-
-  variable_list operator()(const Derivative& of) const {
-    const Tensor& gg = of.grads[0];
-    return {gg.defined() ? gg.view({-1, 1, 1}).expand_symint(shape) : Tensor()};
+struct Conv2dBiasGrad : Function<Conv2dBiasGrad, &conv2d_bias_grad> {
+  static void save(AutogradContext* ctx, const Tensor&, const Tensor& dy) {
+    ctx->saved_data["shape"] = dy.sym_sizes();
+  }
+  static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return {Tensor()};
+    return {grads[0].view({-1, 1, 1}).expand_symint(ctx->saved_data["shape"].toSymIntVector())};
   }
 };
 
 Tensor conv2d_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, SymInts stride,
                        SymInts padding, SymInts dilation, c10::SymInt groups) {
-  const Geometry geometry = geometry_of(stride, padding, dilation, groups);
-  return record<Conv2dBackward>(
-      "conv2d", [&] { return conv2d(x, weight, bias, geometry); },
-      [&](auto& node, const Tensor& y) {
-        node.save({x, weight});
-        node.formula.geometry = geometry;
-        node.formula.channels_last = y.sym_stride(1) == 1 && !y.is_contiguous();
-      },
-      x, weight, bias);
+  return Conv2d::record("conv2d", x, weight, bias, geometry_of(stride, padding, dilation, groups));
 }
 
 Tensor conv2d_input_grad_autograd(const Tensor& dy, const Tensor& weight, SymInts input_size, SymInts stride,
                                   SymInts padding, SymInts dilation, c10::SymInt groups, bool channels_last) {
-  const Geometry geometry = geometry_of(stride, padding, dilation, groups);
-  return record<Conv2dInputGradBackward>(
-      "conv2d_input_grad", [&] { return conv2d_input_grad(dy, weight, input_size, geometry, channels_last); },
-      [&](auto& node, const Tensor&) {
-        node.save({dy, weight});
-        node.formula.geometry = geometry;
-        node.formula.channels_last = channels_last;
-      },
-      dy, weight);
+  return Conv2dInputGrad::record("conv2d_input_grad", dy, weight, input_size,
+                                 geometry_of(stride, padding, dilation, groups), channels_last);
 }
 
 Tensor conv2d_weight_grad_autograd(const Tensor& dy, const Tensor& x, SymInts weight_size, SymInts stride,
                                    SymInts padding, SymInts dilation, c10::SymInt groups,
                                    bool channels_last) {
-  const Geometry geometry = geometry_of(stride, padding, dilation, groups);
-  return record<Conv2dWeightGradBackward>(
-      "conv2d_weight_grad", [&] { return conv2d_weight_grad(dy, x, weight_size, geometry, channels_last); },
-      [&](auto& node, const Tensor&) {
-        node.save({dy, x});
-        node.formula.geometry = geometry;
-        node.formula.channels_last = channels_last;
-      },
-      dy, x);
+  return Conv2dWeightGrad::record("conv2d_weight_grad", dy, x, weight_size,
+                                  geometry_of(stride, padding, dilation, groups), channels_last);
 }
 
-Tensor conv2d_bias_grad_autograd(const Tensor& dy) {
-  return record<Conv2dBiasGradBackward>(
-      "conv2d_bias_grad", [&] { return conv2d_bias_grad(dy); },
-      [&](auto& node, const Tensor&) { node.formula.shape = dy.sym_sizes().vec(); }, dy);
-}
+Tensor conv2d_bias_grad_autograd(const Tensor& dy) { return Conv2dBiasGrad::record("conv2d_bias_grad", dy); }
 
 template <c10::DeviceType kDevice>
 Tensor conv2d_autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, SymInts stride,

@@ -4,19 +4,19 @@
 namespace cuda_cnn::autograd {
 namespace {
 
-struct Constants {
-  int64_t size;
-  double alpha, beta, k;
-};
+using Constants = std::tuple<int64_t, double, double, double>;  // size, α, β, k
 
-struct LocalResponseNormBackward : Formula {
-  static constexpr const char* kName = "LocalResponseNormBackward";
-  Constants constants;
+struct LocalResponseNorm : Function<LocalResponseNorm, &local_response_norm> {
+  static void save(AutogradContext* ctx, const Tensor&, const Tensor& x, int64_t size, double alpha,
+                   double beta, double k) {
+    ctx->save_for_backward({x});
+    ctx->saved_data["constants"] = Constants(size, alpha, beta, k);
+  }
 
-  variable_list operator()(const Derivative& of) const {
-    const Tensor &dy = of.grads[0], &x = of.saved[0];
-    const auto& [size, alpha, beta, k] = constants;
-    return {dy.defined() ? local_response_norm_backward(dy, x, size, alpha, beta, k) : Tensor()};
+  static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return {Tensor()};
+    const auto [size, alpha, beta, k] = ctx->saved_data["constants"].to<Constants>();
+    return {local_response_norm_backward(grads[0], ctx->get_saved_variables()[0], size, alpha, beta, k)};
   }
 };
 
@@ -34,14 +34,18 @@ Tensor window_sum(const Tensor& t, int64_t size, bool transposed = false) {
 
 // Plain tensor arithmetic, so that autograd takes every further derivative by itself. With W the window sum,
 // Wᵀ its transpose, a = α/n, s = k + a·W(x²):  dx = s^−β·dy − 2aβ·x·Wᵀ(s^(−β−1)·x·dy).
-struct LocalResponseNormDoubleBackward : Formula {
-  static constexpr const char* kName = "LocalResponseNormDoubleBackward";
-  Constants constants;
+struct LocalResponseNormBackward : Function<LocalResponseNormBackward, &local_response_norm_backward> {
+  static void save(AutogradContext* ctx, const Tensor&, const Tensor& dy, const Tensor& x, int64_t size,
+                   double alpha, double beta, double k) {
+    ctx->save_for_backward({dy, x});
+    ctx->saved_data["constants"] = Constants(size, alpha, beta, k);
+  }
 
-  variable_list operator()(const Derivative& of) const {
-    const Tensor &gg = of.grads[0], &dy = of.saved[0], &x = of.saved[1];
-    if (!gg.defined()) return variable_list(2);
-    const auto& [n, alpha, beta, k] = constants;
+  static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(2);
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &gg = grads[0], &dy = saved[0], &x = saved[1];
+    const auto [n, alpha, beta, k] = ctx->saved_data["constants"].to<Constants>();
     const double a = alpha / static_cast<double>(n);
     const Tensor s = k + a * window_sum(x * x, n);
     const Tensor p = s.pow(-beta), q = s.pow(-beta - 1), r = s.pow(-beta - 2);
@@ -56,25 +60,12 @@ struct LocalResponseNormDoubleBackward : Formula {
 };
 
 Tensor local_response_norm_autograd(const Tensor& x, int64_t size, double alpha, double beta, double k) {
-  return record<LocalResponseNormBackward>(
-      "local_response_norm", [&] { return local_response_norm(x, size, alpha, beta, k); },
-      [&](auto& node, const Tensor&) {
-        node.save({x});
-        node.formula.constants = {size, alpha, beta, k};
-      },
-      x);
+  return LocalResponseNorm::record("local_response_norm", x, size, alpha, beta, k);
 }
 
 Tensor local_response_norm_backward_autograd(const Tensor& dy, const Tensor& x, int64_t size, double alpha,
                                              double beta, double k) {
-  return record<LocalResponseNormDoubleBackward>(
-      "local_response_norm_backward",
-      [&] { return local_response_norm_backward(dy, x, size, alpha, beta, k); },
-      [&](auto& node, const Tensor&) {
-        node.save({dy, x});
-        node.formula.constants = {size, alpha, beta, k};
-      },
-      dy, x);
+  return LocalResponseNormBackward::record("local_response_norm_backward", dy, x, size, alpha, beta, k);
 }
 
 // As torch's: squares and their sums want float32.

@@ -1,13 +1,26 @@
 // The operators as functions of C++, through the dispatcher: for formulas and for the calls from Python.
 #pragma once
 
-#include "autograd/node.h"
+#include "autograd/function.h"
 
 namespace cuda_cnn::autograd {
 
 struct Geometry {
   std::array<c10::SymInt, 2> stride, padding, dilation;
   c10::SymInt groups;
+
+  Geometry() = default;
+  Geometry(std::array<c10::SymInt, 2> stride, std::array<c10::SymInt, 2> padding,
+           std::array<c10::SymInt, 2> dilation, c10::SymInt groups)
+      : stride(stride), padding(padding), dilation(dilation), groups(std::move(groups)) {}
+  explicit Geometry(const c10::IValue& saved) {
+    const auto v = saved.toSymIntVector();
+    stride = {v[0], v[1]}, padding = {v[2], v[3]}, dilation = {v[4], v[5]}, groups = v[6];
+  }
+  c10::IValue values() const {
+    return std::vector<c10::SymInt>{stride[0],   stride[1],   padding[0], padding[1],
+                                    dilation[0], dilation[1], groups};
+  }
 };
 
 inline Tensor conv2d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Geometry& g) {
@@ -56,6 +69,19 @@ inline Tensor concat(at::TensorList tensors, int64_t dim) {
 
 struct Window {
   std::array<int64_t, 2> kernel, stride, padding, dilation;
+
+  Window() = default;
+  Window(std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
+         std::array<int64_t, 2> dilation)
+      : kernel(kernel), stride(stride), padding(padding), dilation(dilation) {}
+  explicit Window(const c10::IValue& saved) {
+    const auto v = saved.toIntVector();
+    kernel = {v[0], v[1]}, stride = {v[2], v[3]}, padding = {v[4], v[5]}, dilation = {v[6], v[7]};
+  }
+  c10::IValue values() const {
+    return std::vector<int64_t>{kernel[0],  kernel[1],  stride[0],   stride[1],
+                                padding[0], padding[1], dilation[0], dilation[1]};
+  }
 };
 
 inline Tensor max_pool2d(const Tensor& x, const Window& w, bool ceil_mode) {
@@ -111,6 +137,13 @@ struct BatchNormMode {
   bool training;
   double eps;
   bool relu;
+
+  BatchNormMode() = default;
+  BatchNormMode(bool training, double eps, bool relu) : training(training), eps(eps), relu(relu) {}
+  explicit BatchNormMode(const c10::IValue& saved) {
+    std::tie(training, eps, relu) = saved.to<std::tuple<bool, double, bool>>();
+  }
+  c10::IValue values() const { return std::make_tuple(training, eps, relu); }
 };
 
 inline std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& residual,
