@@ -46,15 +46,34 @@ def options(tmp_path_factory) -> list[str]:
     return ["--data", f"mnist:{folder}", "--recipe", str(folder / "recipe.json"), "--no-report"]
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+def start_torchrun(*arguments: str) -> subprocess.Popen:
+    """In a process group of its own, which a Ctrl-C reaches as a terminal's would."""
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "cuda_cnn", "train"]
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", *command, *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
         env={**os.environ, **ALONE},
+        start_new_session=True,
     )
+
+
+def torchrun(*arguments: str) -> tuple[int, str, str]:
+    """Its exit status, and what it said on stdout and stderr."""
+    process = start_torchrun(*arguments)
+    try:
+        said = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return process.returncode, *said
+
+
+def wait_for_an_epoch(folder, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((folder / "log.csv").exists() and rows(folder)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
 
 
 def rows(folder) -> list[dict]:
@@ -65,10 +84,10 @@ def rows(folder) -> list[dict]:
 def test_two_workers_are_one_with_the_doubled_batch(options, tmp_path):
     """Batches of 16, 16 and 9 = 5 + 4; batch normalisation over both parts of each."""
     two, one = tmp_path / "two", tmp_path / "one"
-    done = torchrun(*options, "--batch-size", "8", "--device", "cpu", "--out", str(two))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 workers, 16 pictures a step" in done.stdout
-    assert done.stdout.count("test accuracy") == 1
+    status, said, errors = torchrun(*options, "--batch-size", "8", "--device", "cpu", "--out", str(two))
+    assert status == 0, said + errors
+    assert "2 workers, 16 pictures a step" in said
+    assert said.count("test accuracy") == 1
     quiet = ["--quiet", "--device", "cpu"]
     assert cli.main(["train", *options, *quiet, "--batch-size", "16", "--out", str(one)]) == 0
     for ours, theirs in zip(rows(two), rows(one), strict=True):
@@ -102,10 +121,7 @@ def test_a_killed_worker_ends_the_run_which_resumes(options, tmp_path, capsys):
         for rank in range(2)
     ]
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not ((out / "log.csv").exists() and rows(out)):
-            assert workers[0].poll() is None, workers[0].stderr.read()
-            time.sleep(0.1)
+        wait_for_an_epoch(out, workers[0])
         workers[1].send_signal(signal.SIGKILL)
         _, said = workers[0].communicate(timeout=120)
     finally:
@@ -119,9 +135,27 @@ def test_a_killed_worker_ends_the_run_which_resumes(options, tmp_path, capsys):
     assert epoch >= 1
     assert cli.main(["train", "--resume", str(out)]) == 2
     assert "is of 2 worker(s), this run has 1" in capsys.readouterr().err
-    done = torchrun("--resume", str(out), "--epochs", str(epoch + 1), "--device", "cpu", "--no-report")
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, said, errors = torchrun(
+        "--resume", str(out), "--epochs", str(epoch + 1), "--device", "cpu", "--no-report"
+    )
+    assert status == 0, said + errors
     assert [row["epoch"] for row in rows(out)] == list(range(1, epoch + 2))
+
+
+def test_ctrl_c_under_torchrun_saves(options, tmp_path):
+    out = tmp_path / "run"
+    more = ["--batch-size", "8", "--device", "cpu", "--epochs", "9999", "--quiet", "--out", str(out)]
+    process = start_torchrun(*options, *more)
+    try:
+        wait_for_an_epoch(out, process)
+        os.killpg(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert f"saved. Continue with: torchrun --nproc-per-node=2 -m cuda_cnn train --resume {out}" in said, errors
+    state = load_checkpoint(out)
+    assert state["workers"] == 2 and state["epoch"] >= len(rows(out)) >= 1
 
 
 def test_shards_are_the_parts_of_one_batch():
