@@ -153,7 +153,9 @@ def test_ctrl_c_under_torchrun_saves(options, tmp_path):
     finally:
         process.kill()
     assert process.returncode != 0
-    assert f"saved. Continue with: torchrun --nproc-per-node=2 -m cuda_cnn train --resume {out}" in said, errors
+    assert f"saved. Continue with: torchrun --nproc-per-node=2 -m cuda_cnn train --resume {out}" in said, (
+        errors
+    )
     state = load_checkpoint(out)
     assert state["workers"] == 2 and state["epoch"] >= len(rows(out)) >= 1
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from ..terminal import progress_bar
+
 __all__ = ["Progress"]
 
 
@@ -12,7 +14,7 @@ class Progress:
 
     def __init__(self, total: int, quiet: bool = False) -> None:
         self.total, self.done, self.quiet, self.began = total, 0, quiet, time.monotonic()
-        self.bar = None if quiet else _rich_bar()
+        self.bar = None if quiet else progress_bar(_columns)
 
     def __enter__(self) -> Progress:
         if self.bar:
@@ -38,14 +40,5 @@ class Progress:
             print(f"[{self.done}/{self.total}, {minutes}:{seconds:02d} left] {line}", flush=True)
 
 
-def _rich_bar():
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-    except ImportError:
-        return None
-    console = Console()
-    if not console.is_terminal:
-        return None
-    return RichProgress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+def _columns(rich) -> tuple:
+    return rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..terminal import progress_bar
+
 __all__ = ["Progress"]
 
 
@@ -13,7 +15,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if not self.silent:
-            self.bar = _rich_bar()
+            self.bar = progress_bar(_columns, transient=True)
         if self.bar:
             self.bar.start()
         return self
@@ -45,21 +47,6 @@ class Progress:
             print(line, flush=True)
 
 
-def _rich_bar():
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-    except ImportError:
-        return None
-    console = Console()
-    if not console.is_terminal:
-        return None
-    return RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.2%}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+def _columns(rich) -> tuple:
+    counts = rich.TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.2%}")
+    return rich.TextColumn("{task.description}"), rich.BarColumn(), counts, rich.TimeRemainingColumn()
