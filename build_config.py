@@ -68,6 +68,7 @@ class Knobs:
     jobs: int | None = None
     debug: bool = False
     sanitize: bool = False
+    emulate_avx512: bool = False  # for tests on a processor without it; slow
     cxx: str = "c++"
 
     @classmethod
@@ -83,6 +84,7 @@ class Knobs:
             jobs=int(jobs) if jobs.isdigit() and int(jobs) > 0 else None,
             debug=_on(env.get("CUDA_CNN_DEBUG")),
             sanitize=_on(env.get("CUDA_CNN_SANITIZE")),
+            emulate_avx512=_on(env.get("CUDA_CNN_EMULATE_AVX512")),
             cxx=env.get("CXX", "c++"),
         )
 

@@ -54,27 +54,27 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def isa_unit(source: Path, isa: str) -> str:
+def isa_unit(source: Path, isa: str, emulate: bool) -> str:
     """Writes build/isa/cpu/<source>_<isa>.cpp; returns its path from ROOT."""
     relative = source.relative_to(CSRC)
     unit = Path("build", "isa", relative.with_name(f"{source.stem}_{isa}.cpp"))
-    text = (
-        f"#define CUDA_CNN_ISA {isa}\n#define CUDA_CNN_ISA_{isa.upper()} 1\n"
-        + f'#include "{relative.as_posix()}"\n'
-    )
-    if ISA_TARGETS[isa]:
-        text = ISA_UNIT.format(target=ISA_TARGETS[isa], unit=text)
-    write_if_changed(ROOT / unit, text)
+    target, text = ISA_TARGETS[isa], f'#include "{relative.as_posix()}"\n'
+    if emulate and isa == "avx512":
+        unit = unit.with_name(f"{source.stem}_emulated_{isa}.cpp")
+        target = ISA_TARGETS["avx2"]
+        text = '#include "../tests/emulation/include/avx512_by_avx2.h"\n' + text
+    text = f"#define CUDA_CNN_ISA {isa}\n#define CUDA_CNN_ISA_{isa.upper()} 1\n" + text
+    write_if_changed(ROOT / unit, ISA_UNIT.format(target=target, unit=text) if target else text)
     return str(unit)
 
 
-def sources(isas: list[str], cuda: bool) -> list[str]:
+def sources(isas: list[str], cuda: bool, emulate: bool) -> list[str]:
     cpu = sorted(CSRC.glob("cpu/**/*.cpp"))
     variants = [p for p in cpu if "namespace cuda_cnn::cpu::CUDA_CNN_ISA" in p.read_text()]
     once = [p for p in cpu if p not in variants]
     once += [p for folder in (".", "autograd", "ops") for p in sorted((CSRC / folder).glob("*.cpp"))]
     once += sorted(CSRC.glob("cuda/**/*.cu")) if cuda else []
-    units = [isa_unit(p, isa) for p in variants for isa in isas]
+    units = [isa_unit(p, isa, emulate) for p in variants for isa in isas]
     return [str(p.relative_to(ROOT)) for p in once] + units
 
 
@@ -89,6 +89,9 @@ def compile_flags(knobs: build_config.Knobs) -> dict[str, list[str]]:
         nvcc += ["-g"]
     else:
         cxx += ["-O3", "-g0"]  # Python's own flags hold -g
+    cxx += [
+        "-Wno-psabi"
+    ] * knobs.emulate_avx512  # how a vector is passed: every function that takes one is inlined
     return {"cxx": cxx, "nvcc": nvcc}
 
 
@@ -97,10 +100,11 @@ def extension(decision: build_config.Decision, knobs: build_config.Knobs, isas: 
 
     macros = [("CUDA_CNN_X86_VARIANTS", "1")] if len(isas) > 1 else []
     macros += [("CUDA_CNN_WITH_CUDA", "1")] if decision.cuda else []
+    macros += [("CUDA_CNN_EMULATE_AVX512", "1")] if knobs.emulate_avx512 else []
     cudart = build_config.cudart_folder(decision.nvcc, ROOT / "build" / "cuda")
     return (CUDAExtension if decision.cuda else CppExtension)(
         "cuda_cnn._C",
-        sources(isas, decision.cuda),
+        sources(isas, decision.cuda, knobs.emulate_avx512),
         include_dirs=[str(CSRC)],
         library_dirs=cudart,
         depends=[str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.is_file()],
@@ -155,6 +159,7 @@ def main() -> None:
         + "-cuda" * decision.cuda
         + "-sanitize" * knobs.sanitize
         + "-debug" * knobs.debug
+        + "-emulated" * knobs.emulate_avx512
     )
     info = build_config.record(facts, decision, isas, ROOT)
     setup(

@@ -27,6 +27,16 @@ constexpr int kVectorBytes = 16;
 
 #define CUDA_CNN_INLINE inline __attribute__((always_inline))
 
+// How inline assembly calls a vector register.
+#if defined(CUDA_CNN_VECTOR_REGISTER)  // the emulation of AVX-512 has its own word
+#elif defined(CUDA_CNN_ISA_AVX512)
+#define CUDA_CNN_VECTOR_REGISTER "v"
+#elif defined(__x86_64__)
+#define CUDA_CNN_VECTOR_REGISTER "x"
+#elif defined(__aarch64__)
+#define CUDA_CNN_VECTOR_REGISTER "w"
+#endif
+
 template <class T>
 struct VecTypes {
   static constexpr int kLanes = kVectorBytes / sizeof(T);
@@ -185,12 +195,8 @@ CUDA_CNN_INLINE void opaque(T*& p) {
 // The same for a vector: it is loaded here, once, and no instruction reads it from memory again.
 template <class V>
 CUDA_CNN_INLINE void pin(V& v) {
-#if defined(__aarch64__)
-  asm volatile("" : "+w"(v));
-#elif defined(CUDA_CNN_ISA_AVX512)
-  asm volatile("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm volatile("" : "+x"(v));
+#if defined(CUDA_CNN_VECTOR_REGISTER)
+  asm volatile("" : "+" CUDA_CNN_VECTOR_REGISTER(v));
 #endif
 }
 
