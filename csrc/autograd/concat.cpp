@@ -7,8 +7,8 @@ namespace {
 struct Concat : Function<Concat, &concat> {
   static void save(AutogradContext* ctx, const Tensor& y, at::TensorList tensors, int64_t dim) {
     const int64_t along = at::maybe_wrap_dim(dim, y.dim());
-    std::vector<c10::SymInt>
-        extents;  // -1: a shape of (0,), which torch.cat passes over whatever the others are
+    // -1: a shape of (0,), which torch.cat passes over whatever the others are.
+    std::vector<c10::SymInt> extents;
     for (const Tensor& t : tensors) {
       extents.push_back(t.dim() == 1 && t.sym_size(0) == 0 ? c10::SymInt(-1) : t.sym_size(along));
     }

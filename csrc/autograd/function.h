@@ -71,10 +71,11 @@ class HiddenTransforms {
 };
 
 // struct F : Function<F, &op> gives the derivative of an operator, whose tensors are its first arguments:
-//     save(ctx, result, arguments…)     what the gradients need; constants as lists, tuples of numbers or
-//     bools
-//                                       (compiled autograd makes a lone number dynamic)
-//     gradients(ctx, grads)             one for each tensor; undefined grads stand for zeros
+//
+// save(ctx, result, arguments…) keeps what the gradients need; constants as lists, tuples of numbers or
+// bools: compiled autograd makes a lone number dynamic.
+//
+// gradients(ctx, grads) gives one for each tensor; undefined grads stand for zeros.
 template <class F, auto kOperator>
 struct Function : torch::autograd::Function<F> {
   static constexpr bool is_traceable = true;

@@ -151,10 +151,11 @@ void normalise(const BatchNormParams& p, const Coefficients<A>& per_channel, int
   T* y = static_cast<T*>(p.y);
   const Vec<A> least = broadcast(p.relu ? A(0) : -A(__builtin_inff()));
   const Coefficients<A> coefficients = per_channel;
+  const bool streamed = streams<T>(y, p.shape);
   const auto apply = [=](int64_t i, int64_t lanes, const MapLanes<A>& map) {
     Vec<A> v = map(load_lanes(x + i, lanes));
     if (residual) v += load_lanes(residual + i, lanes);
-    store_lanes(y + i, v < least ? least : v, lanes);
+    write_lanes(y + i, v < least ? least : v, lanes, streamed);
   };
   const int64_t channels = p.shape.channels, spatial = p.shape.spatial;
   if (p.shape.channels_last) {

@@ -5,8 +5,9 @@
 // chunks. A chunk is summed in the accumulation type, chunks and groups are joined in index order in double:
 // so the bits do not depend on the threads, and long sums lose nothing.
 //
-//   channels_last  a group is a run of rows, split into blocks of channels; several rows are read side by
-//   side contiguous     a group is a run of images of one channel
+//   channels_last: a group is a run of rows, split into blocks of channels; some rows are read together
+//
+//   contiguous: a group is a run of images of one channel
 #pragma once
 
 #include "cpu/parallel.h"
@@ -39,6 +40,24 @@ CUDA_CNN_INLINE void store_lanes(T* p, Vec<Accumulator<T>> v, int64_t lanes) {
   } else {
     store_first(p, v, lanes);
   }
+}
+
+// A result larger than half of a usual last cache (32 MiB) is written past the caches, which hold nothing of
+// it when it is read next: an ordinary store first reads what it overwrites, a sixth of what backward moves.
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;
+// Whether results of this shape are: of whole aligned vectors, as they then must be.
+template <class T>
+CUDA_CNN_INLINE bool streams(const void* result, const BatchNormShape& s) {
+  return sizeof(T) == sizeof(float) && s.per_channel() * s.channels * 4 >= kStreamedBytes &&
+         (s.channels_last ? s.channels : s.spatial) % kLanes<T> == 0 &&
+         reinterpret_cast<uintptr_t>(result) % kVectorBytes == 0;
+}
+template <class T>
+CUDA_CNN_INLINE void write_lanes(T* p, Vec<Accumulator<T>> v, int64_t lanes, bool streamed) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (streamed) return stream(p, v);
+  }
+  store_lanes(p, v, lanes);
 }
 
 // ---- Per-channel values
@@ -202,6 +221,7 @@ CUDA_CNN_INLINE void for_all(const BatchNormShape& s, const Fn& fn) {
   const int64_t step = ceil_div(kElementsPerTask, s.channels_last ? s.channels : s.spatial);
   parallel_for(count, step, [&](int64_t begin, int64_t end) {
     for (int64_t last = end; last > begin; last -= step) fn(max64(begin, last - step), last);
+    end_of_stream();
   });
 }
 

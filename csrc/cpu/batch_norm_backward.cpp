@@ -15,7 +15,7 @@ struct Pass {
   using A = Accumulator<T>;
   const T *x, *dy, *y;
   T *dx, *dresidual;
-  bool training;
+  bool training, streamed;
   Coefficients<A> coefficients;
 
   CUDA_CNN_INLINE Vec<A> masked(int64_t i, int64_t lanes, Vec<A> x_lanes, const MapLanes<A>& map) const {
@@ -38,7 +38,7 @@ struct Pass {
     // Outside training an infinite x has a finite gradient.
     const Vec<A> from_statistics =
         training ? fma(gradient.slope, x_lanes - map.mean, gradient.offset) : Vec<A>{};
-    store_lanes(dx + i, fma(gradient.scale, g, from_statistics), lanes);
+    write_lanes(dx + i, fma(gradient.scale, g, from_statistics), lanes, streamed);
   }
 };
 
@@ -170,13 +170,10 @@ void backward(const BatchNormBackwardParams& p) {
   read_channels(p.weight, 1, channels, k.weight);
   read_channels(p.bias, 0, channels, k.bias);
   k.set_map(channels, p.eps);
-  const Pass<T, kMask> pass = {static_cast<const T*>(p.x),
-                               static_cast<const T*>(p.dy),
-                               static_cast<const T*>(p.y),
-                               static_cast<T*>(p.dx),
-                               static_cast<T*>(p.dresidual),
-                               p.training,
-                               k};
+  const Pass<T, kMask> pass = {static_cast<const T*>(p.x),   static_cast<const T*>(p.dy),
+                               static_cast<const T*>(p.y),   static_cast<T*>(p.dx),
+                               static_cast<T*>(p.dresidual), p.training,
+                               streams<T>(p.dx, p.shape),    k};
   for (int64_t c = 0; c < channels; ++c) k.sum_g[c] = k.sum_gx[c] = 0;
   if (p.training || p.dweight.data || p.dbias.data || p.dresidual) gradient_sums(pass, p.shape);
   finish_channels(p, k);

@@ -65,6 +65,25 @@ CUDA_CNN_INLINE void store(double* p, Vec<double> v) {
   *reinterpret_cast<VecTypes<double>::Unaligned*>(p) = v;
 }
 
+// A store to an aligned address past the caches, where the processor has one; another thread may read it
+// after end_of_stream().
+CUDA_CNN_INLINE void stream(float* p, Vec<float> v) {
+#if defined(CUDA_CNN_ISA_AVX512)
+  _mm512_stream_ps(p, v);
+#elif defined(CUDA_CNN_ISA_AVX2)
+  _mm256_stream_ps(p, v);
+#elif defined(CUDA_CNN_X86_VARIANTS)
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+CUDA_CNN_INLINE void end_of_stream() {
+#if defined(CUDA_CNN_X86_VARIANTS)
+  _mm_sfence();
+#endif
+}
+
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint16_t HalfWordsUnaligned __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));

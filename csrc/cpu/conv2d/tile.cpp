@@ -39,15 +39,16 @@ CUDA_CNN_INLINE void multiply_add(Vec<Acc> (&sums)[kRows][kVectors], const Acc* 
   }
 }
 
-// A multiply-add takes 4 cycles, and two start in each: tiles of fewer than 8 sums keep two of each, for
-// steps of depth that are even and odd.
-template <int kRows, int kVectors>
-constexpr int kSets = kRows * kVectors < 8 ? 2 : 1;
+// A multiply-add takes 4 cycles, and two start in each: a tile of one vector has too few sums to fill them
+// and keeps two of each, for steps of depth that are even and odd. The panel alone decides, never the rows:
+// how many a tile has depends on how the threads cut the pixels, and the bits must not.
+template <int kVectors>
+constexpr int kSets = kVectors == 1 ? 2 : 1;
 
 template <class Acc, int kRows, int kVectors>
-CUDA_CNN_INLINE void join_sets(Vec<Acc> (&sums)[kSets<kRows, kVectors>][kRows][kVectors]) {
-  if constexpr (kSets<kRows, kVectors> > 1) {
-#pragma GCC unroll 8
+CUDA_CNN_INLINE void join_sets(Vec<Acc> (&sums)[kSets<kVectors>][kRows][kVectors]) {
+  if constexpr (kSets<kVectors> > 1) {
+#pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sums[0][i][j] += sums[1][i][j];
@@ -59,7 +60,7 @@ CUDA_CNN_INLINE void join_sets(Vec<Acc> (&sums)[kSets<kRows, kVectors>][kRows][k
 template <class Acc, int kRows, int kVectors>
 void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out) {
   constexpr int kUnroll = 4, kGroups = (kRows + 2) / 3;
-  Vec<Acc> sums[kSets<kRows, kVectors>][kRows][kVectors] = {};
+  Vec<Acc> sums[kSets<kVectors>][kRows][kVectors] = {};
   const Acc* rows[kGroups];
 #pragma GCC unroll 5
   for (int g = 0; g < kGroups; ++g) rows[g] = a + 3 * g * a_step;
@@ -74,7 +75,7 @@ void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth,
       opaque(b);
 #pragma GCC unroll 5
       for (int g = 0; g < kGroups; ++g) opaque(rows[g]);
-      multiply_add<Acc>(sums[d % kSets<kRows, kVectors>], b + d * kTileColumns<Acc>,
+      multiply_add<Acc>(sums[d % kSets<kVectors>], b + d * kTileColumns<Acc>,
                         [&](int i)
                             __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_step + d]; });
     }
@@ -91,7 +92,7 @@ void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth,
 
 template <class Acc, int kRows, int kVectors>
 void row_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out) {
-  constexpr int kSteps = kSets<kRows, kVectors>;
+  constexpr int kSteps = kSets<kVectors>;
   Vec<Acc> sums[kSteps][kRows][kVectors] = {};
   const auto step = [&](int set) __attribute__((always_inline)) {
     opaque(a);

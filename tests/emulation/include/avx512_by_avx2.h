@@ -80,6 +80,10 @@ EMULATED void store_lanes(float* p, uint16_t mask, Floats v) {
     if (mask >> i & 1) p[i] = v[i];
   }
 }
+EMULATED void stream(float* p, Floats v) {
+  _mm256_stream_ps(p, half<__m256>(v, 0));
+  _mm256_stream_ps(p + 8, half<__m256>(v, 1));
+}
 template <class Lanes>
 EMULATED Lanes widen(__m128i bytes) {
   typedef unsigned char Bytes __attribute__((vector_size(16)));
@@ -118,3 +122,4 @@ EMULATED __m128i narrow(Longs v) {
 #define _mm512_max_ps emulated_avx512::max
 #define _mm512_sqrt_pd emulated_avx512::sqrt
 #define _mm512_sqrt_ps emulated_avx512::sqrt
+#define _mm512_stream_ps emulated_avx512::stream
