@@ -82,7 +82,7 @@ asan: build ## the operators' tests over kernels built with AddressSanitizer and
 	PYTHON=$(PY) .ci/steps/10-asan $(ARGS)
 
 cudabuild: build ## the complete extension against the CUDA build of torch, and its CPU tests: needs nvcc, no GPU
-	PYTHON=$(PY) .ci/steps/50-cuda-build $(ARGS)
+	PYTHON=$(PY) .ci/steps/70-cuda-build $(ARGS)
 
 sanitize: build ## the operators' tests under compute-sanitizer's memcheck and racecheck: needs a GPU
 	PYTHON=$(PY) .ci/card sanitize $(ARGS)
