@@ -79,10 +79,10 @@ format: $(STAMPS)/dev ## ruff and clang-format
 	clang-format -i $(CXX_FILES)
 
 asan: build ## the operators' tests over kernels built with AddressSanitizer and UBSan
-	PYTHON=$(PY) .ci/steps/10-asan $(ARGS)
+	PYTHON=$(PY) .ci/steps/50-asan $(ARGS)
 
 cudabuild: build ## the complete extension against the CUDA build of torch, and its CPU tests: needs nvcc, no GPU
-	PYTHON=$(PY) .ci/steps/70-cuda-build $(ARGS)
+	PYTHON=$(PY) .ci/steps/10-cuda-build $(ARGS)
 
 sanitize: build ## the operators' tests under compute-sanitizer's memcheck and racecheck: needs a GPU
 	PYTHON=$(PY) .ci/card sanitize $(ARGS)

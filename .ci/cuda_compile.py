@@ -118,7 +118,7 @@ def find_nvcc() -> str | None:
 
 def find_cuobjdump(nvcc: str) -> str | None:
     """The toolkit's, or one inside a triton wheel (which finds nvdisasm beside itself): this environment's or the
-    one that .ci/steps/50-cuda-build leaves behind."""
+    one that .ci/steps/10-cuda-build leaves behind."""
     candidates = [Path(nvcc).resolve().with_name("cuobjdump"), "cuobjdump", "/usr/local/cuda/bin/cuobjdump"]
     triton = importlib.util.find_spec("triton")
     if triton and triton.origin:
