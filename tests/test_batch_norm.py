@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+from cuda_cnn import _C, reference
 from cuda_cnn import functional as F
-from cuda_cnn import reference
 
 # Channels around the width of a vector, 1, primes; a plane larger than a vector and one smaller; ranks 2 to 5; more
 # rows than a chunk.
@@ -102,6 +102,19 @@ def check_against_reference(shape, dtype, layout, training, fused, device="cpu",
         assert not bad.any(), _report(a.detach().cpu(), e.detach(), bad, what)
     for a, like in zip(actual[1:], laid_out, strict=True):
         assert a.dtype == like.dtype
+
+
+@pytest.mark.parametrize("isa", _C.cpu_isas())
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [32, 33])
+def test_large_results_match_reference(layout, isa, channels):
+    """Beyond 4 MiB results are written past the caches, where they consist of whole vectors."""
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(isa)
+    try:
+        check_against_reference((2, channels, 128, 132), torch.float32, layout, True, (True, True))
+    finally:
+        _C.set_cpu_isa(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
