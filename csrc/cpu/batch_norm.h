@@ -45,7 +45,7 @@ CUDA_CNN_INLINE void store_lanes(T* p, Vec<Accumulator<T>> v, int64_t lanes) {
 // A result that with its operands, two or three times its size, is more than a core's share of the last cache
 // is written past the caches: an ordinary store first reads what it overwrites, a sixth of what backward
 // moves.
-constexpr int64_t kStreamedBytes = int64_t{2} << 20;
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;
 // Whether results of this shape are: of whole aligned vectors, as they then must be.
 template <class T>
 CUDA_CNN_INLINE bool streams(const void* result, const BatchNormShape& s) {
