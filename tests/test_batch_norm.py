@@ -201,6 +201,18 @@ def test_large_mean_beside_the_deviation(device, layout, shape):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 3, 100, 60), (1200, 3)], ids=str)
+def test_joining_parts_loses_nothing(device, layout, shape):
+    """In float64, where partial sums of squares have no digits to spare: Chan, Golub and LeVeque join them."""
+    x = lay_out(1e6 + reals(*shape, dtype=torch.float64), layout)
+    _, mean, var = torch.ops.cuda_cnn.batch_norm(x.to(device), None, None, None, None, None, True, 0.0, False)
+    dims = [d for d in range(x.dim()) if d != 1]
+    exact_var, exact_mean = torch.var_mean(x - 1e6, dims, correction=0)  # the difference is exact
+    assert ((mean.cpu() - 1e6 - exact_mean).abs() < 1e-9).all()
+    assert ((var.cpu() / exact_var - 1).abs() < 1e-9).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_an_outlier_first_does_not_spoil_the_variance(layout):
     x = reals(2, 6, 60, 60, dtype=torch.float32)
     x[0, :, 0, 0] = 1e6

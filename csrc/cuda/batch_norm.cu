@@ -7,25 +7,21 @@ namespace batch_norm {
 namespace {
 
 template <class A>
-__global__ void __launch_bounds__(kFinishChannels* kFinishLines)
+__global__ void __launch_bounds__(kJoinThreads)
     finish_forward(const __grid_constant__ BatchNormParams p, int64_t parts, int64_t part_size,
                    Workspace<A> workspace) {
-  auto& shared = shared_storage<FinishShared>();
-  const int64_t c = int64_t{blockIdx.x} * kFinishChannels + threadIdx.x % kFinishChannels;
-  const int64_t count = p.shape.per_channel();
-  const Sums sums =
-      sum_parts(shared, workspace.partials, c, p.shape.channels, p.training ? parts : 0,
-                [&](int64_t part, double sum, double spread) {
-                  return Sums{sum, spread + sum * sum / min64(part_size, count - part * part_size)};
-                });
-  if (threadIdx.x >= kFinishChannels || c >= p.shape.channels) return;
+  auto& shared = shared_storage<JoinShared<Moments>>();
+  const int64_t c = join_channel(), channels = p.shape.channels, count = p.shape.per_channel();
+  const auto read = [&](int64_t part) {
+    const double* pair = workspace.partials + (part * channels + c) * 2;
+    return Moments{static_cast<double>(min64(part_size, count - part * part_size)), pair[0], pair[1]};
+  };
+  const Moments moments = join_parts(shared, c < channels, p.training ? parts : 0, read);
+  if (threadIdx.x >= kJoinChannels || c >= channels) return;
   double mean = p.running_mean.at(c, 0), var = p.running_var.at(c, 1);
   if (p.training) {
-    mean = sums.first / count;
-    var = sums.second / count - mean * mean;
-    if (var < 0) var = 0;
-    p.mean[c] = mean;
-    p.var[c] = var;
+    p.mean[c] = mean = moments.mean();
+    p.var[c] = var = moments.variance();
   }
   store_map(workspace, c, batch_norm_map<A>(mean, var, p.weight.at(c, 1), p.bias.at(c, 0), p.eps));
 }
@@ -59,8 +55,8 @@ void forward(const BatchNormParams& p, Stream stream) {
   const Workspace<A> workspace(p.workspace, s.channels);
   const Terms<T> terms{static_cast<const T*>(p.x), nullptr, nullptr, false};
   if (p.training) reduce<T, kPack, false>(s, terms, workspace, stream);
-  launch(finish_forward<A>, ceil_div(s.channels, kFinishChannels), kFinishChannels * kFinishLines,
-         sizeof(FinishShared), stream, p, parts_of(s), part_size(s), workspace);
+  launch(finish_forward<A>, ceil_div(s.channels, kJoinChannels), kJoinThreads, sizeof(JoinShared<Moments>),
+         stream, p, parts_of(s), part_size(s), workspace);
   const int64_t packs = s.per_channel() * s.channels / kPack;
   launch(apply_forward<T, kPack>, ceil_div(packs, kThreads), kThreads, 0, stream, p, packs, workspace);
 }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/launch.cuh"
+#include "cuda/moments.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vec.cuh"
 #include "kernels/batch_norm.h"
@@ -17,7 +18,6 @@ namespace cuda_cnn::cuda::batch_norm {
 constexpr int kThreads = 256;
 constexpr int kPartRows = 512;       // rows: 16 for each thread; 1600 blocks for ResNet's first layer
 constexpr int kPartElements = 8192;  // planes: 32 for each thread
-constexpr int kFinishChannels = 32, kFinishLines = 8;
 
 inline int64_t part_size(const BatchNormShape& s) { return s.channels_last ? kPartRows : kPartElements; }
 inline int64_t parts_of(const BatchNormShape& s) { return ceil_div(s.per_channel(), part_size(s)); }
@@ -226,38 +226,6 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 // ---- channels ----
-
-struct FinishShared {
-  double first[kFinishLines][kFinishChannels], second[kFinishLines][kFinishChannels];
-};
-
-struct Sums {
-  double first, second;
-};
-
-// Sums over the parts for the channel of this thread's column; valid in line 0. `term` maps a part's pair.
-template <class Term>
-__device__ __forceinline__ Sums sum_parts(FinishShared& shared, const double* partials, int64_t channel,
-                                          int64_t channels, int64_t parts, Term term) {
-  const int column = threadIdx.x % kFinishChannels, line = threadIdx.x / kFinishChannels;
-  Sums sums{0, 0};
-  if (channel < channels) {
-    for (int64_t part = line; part < parts; part += kFinishLines) {
-      const double* pair = partials + (part * channels + channel) * 2;
-      const Sums value = term(part, pair[0], pair[1]);
-      sums.first += value.first;
-      sums.second += value.second;
-    }
-  }
-  shared.first[line][column] = sums.first;
-  shared.second[line][column] = sums.second;
-  __syncthreads();
-  for (int other = 1; line == 0 && other < kFinishLines; ++other) {
-    sums.first += shared.first[other][column];
-    sums.second += shared.second[other][column];
-  }
-  return sums;
-}
 
 template <class A>
 __device__ __forceinline__ void store_map(const Workspace<A>& workspace, int64_t c,

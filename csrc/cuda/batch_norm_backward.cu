@@ -17,14 +17,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kFinishChannels* kFinishLines)
+__global__ void __launch_bounds__(kJoinThreads)
     finish_backward(const __grid_constant__ BatchNormBackwardParams p, int64_t parts,
                     Workspace<A> workspace) {
-  auto& shared = shared_storage<FinishShared>();
-  const int64_t c = int64_t{blockIdx.x} * kFinishChannels + threadIdx.x % kFinishChannels;
-  const Sums sums = sum_parts(shared, workspace.partials, c, p.shape.channels, parts,
-                              [](int64_t, double first, double second) { return Sums{first, second}; });
-  if (threadIdx.x >= kFinishChannels || c >= p.shape.channels) return;
+  auto& shared = shared_storage<JoinShared<Sums>>();
+  const int64_t c = join_channel(), channels = p.shape.channels;
+  const Sums sums = join_parts(shared, c < channels, parts, [&](int64_t part) {
+    const double* pair = workspace.partials + (part * channels + c) * 2;
+    return Sums{pair[0], pair[1]};
+  });
+  if (threadIdx.x >= kJoinChannels || c >= channels) return;
   const auto gradient = batch_norm_gradient<A>(sums.first, sums.second, p.mean.at(c, 0), p.var.at(c, 1),
                                                p.weight.at(c, 1), p.eps, p.shape.per_channel(), p.training);
   workspace.grad_scale[c] = gradient.scale;
@@ -81,8 +83,8 @@ void backward(const BatchNormBackwardParams& p, Stream stream) {
                        p.relu};
   launch(prepare_backward<A>, ceil_div(s.channels, kThreads), kThreads, 0, stream, p, workspace);
   reduce<T, kPack, true>(s, terms, workspace, stream);
-  launch(finish_backward<A>, ceil_div(s.channels, kFinishChannels), kFinishChannels * kFinishLines,
-         sizeof(FinishShared), stream, p, parts_of(s), workspace);
+  launch(finish_backward<A>, ceil_div(s.channels, kJoinChannels), kJoinThreads, sizeof(JoinShared<Sums>),
+         stream, p, parts_of(s), workspace);
   if (!p.dx && !p.dresidual) return;
   const int64_t packs = s.per_channel() * s.channels / kPack;
   launch(apply_backward<T, kPack>, ceil_div(packs, kThreads), kThreads, 0, stream, p, packs, workspace);

@@ -2,9 +2,10 @@
 // gradient of the bias, and the mean and variance of an output whose own kernel left no partial sums.
 //
 //   part_sums    (sum, M2) of kSumPixels pixels, M2 = sum of squared distances from their mean
-//   finish_sums  all parts together in float64: var = (sum of M2 + sum^2 / n) / M - mean^2
+//   finish_sums  all parts joined in float64
 #include "cuda/conv2d/kernels.h"
 #include "cuda/launch.cuh"
+#include "cuda/moments.cuh"
 #include "cuda/vec.cuh"
 
 namespace cuda_cnn::cuda::conv2d {
@@ -55,46 +56,28 @@ __global__ void __launch_bounds__(kColumns* kLines, 3)
   out[1] = add_lines(shared.square, column);
 }
 
-struct FinishShared {
-  double sum[kLines][kColumns], square[kLines][kColumns];
-};
-
 template <class T>
-__global__ void __launch_bounds__(kColumns* kLines)
+__global__ void __launch_bounds__(kJoinThreads)
     finish_sums(int64_t pixels, int64_t channels, int64_t rows, const Accumulator<T>* __restrict__ partials,
                 Accumulator<T>* __restrict__ mean, Accumulator<T>* __restrict__ variance,
                 T* __restrict__ total) {
-  auto& shared = shared_storage<FinishShared>();
-  const int column = threadIdx.x % kColumns, line = threadIdx.x / kColumns;
-  const int64_t channel = int64_t{blockIdx.x} * kColumns + column;
-  double sum = 0, square = 0;
-  if (channel < channels) {
-    for (int64_t part = line; part * rows < pixels; part += kLines) {
-      const double count = static_cast<double>(min64(rows, pixels - part * rows));
-      const double part_sum = partials[(part * channels + channel) * 2];
-      sum += part_sum;
-      square += partials[(part * channels + channel) * 2 + 1] + part_sum * part_sum / count;
-    }
-  }
-  shared.sum[line][column] = sum;
-  shared.square[line][column] = square;
-  __syncthreads();
-  if (line != 0 || channel >= channels) return;
-  for (int other = 1; other < kLines; ++other) {
-    sum += shared.sum[other][column];
-    square += shared.square[other][column];
-  }
-  const double average = sum / pixels, spread = square / pixels - average * average;
-  if (mean) mean[channel] = static_cast<Accumulator<T>>(average);
-  if (variance) variance[channel] = static_cast<Accumulator<T>>(spread < 0 ? 0 : spread);
-  if (total) total[channel] = narrow<T>(static_cast<Accumulator<T>>(sum));
+  auto& shared = shared_storage<JoinShared<Moments>>();
+  const int64_t channel = join_channel();
+  const Moments all = join_parts(shared, channel < channels, ceil_div(pixels, rows), [&](int64_t part) {
+    const Accumulator<T>* pair = partials + (part * channels + channel) * 2;
+    return Moments{static_cast<double>(min64(rows, pixels - part * rows)), pair[0], pair[1]};
+  });
+  if (threadIdx.x >= kJoinChannels || channel >= channels) return;
+  if (mean) mean[channel] = static_cast<Accumulator<T>>(all.mean());
+  if (variance) variance[channel] = static_cast<Accumulator<T>>(all.variance());
+  if (total) total[channel] = narrow<T>(static_cast<Accumulator<T>>(all.sum));
 }
 
 template <class T>
 void finish(const Conv2dParams& p, const ColumnPartials& partials, void* mean, void* variance, void* total,
             Stream stream) {
   using A = Accumulator<T>;
-  launch(finish_sums<T>, ceil_div(p.K, kColumns), kColumns * kLines, sizeof(FinishShared), stream,
+  launch(finish_sums<T>, ceil_div(p.K, kJoinChannels), kJoinThreads, sizeof(JoinShared<Moments>), stream,
          p.N * p.P * p.Q, p.K, partials.rows, static_cast<const A*>(partials.data), static_cast<A*>(mean),
          static_cast<A*>(variance), static_cast<T*>(total));
 }
