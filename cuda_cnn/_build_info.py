@@ -44,9 +44,21 @@ def check_build() -> None:
         raise ImportError(problem)
 
 
-def no_cuda_note(info: dict[str, Any]) -> str:
-    """Ends the sentence of a CUDA tensor's error: "cuda_cnn::conv2d was built without CUDA (…)"."""
-    return f"{info['why']} when built on {info['date']}"
+def build_note(info: dict[str, Any]) -> str:
+    """For the errors of the kernels: "cuda_cnn::conv2d was built without CUDA (…)", "the build holds …"."""
+    return held_code(info["architectures"]) if info["cuda"] else f"{info['why']} when built on {info['date']}"
+
+
+def _names(architectures: str) -> list[str]:
+    return [name for name in architectures.replace(" ", ";").split(";") if name]
+
+
+def held_code(architectures: str) -> str:
+    """In words: "sm_80, sm_90a and no PTX". `architectures` is in TORCH_CUDA_ARCH_LIST's form."""
+    names = _names(architectures)
+    held = ", ".join("sm_" + name.removesuffix("+PTX").replace(".", "") for name in names)
+    ptx = ", ".join(name.removesuffix("+PTX") for name in names if name.endswith("+PTX"))
+    return f"{held or 'no architecture'} and {'PTX of ' + ptx if ptx else 'no PTX'}"
 
 
 def missing_architecture(capability: tuple[int, int], architectures: str) -> str | None:
@@ -55,15 +67,12 @@ def missing_architecture(capability: tuple[int, int], architectures: str) -> str
     `architectures` is in TORCH_CUDA_ARCH_LIST's form. Machine code runs on its own major version at the same or a
     later minor one; PTX on everything newer; an "a" architecture only on exactly its own.
     """
-    names = [name for name in architectures.replace(" ", ";").split(";") if name]
-    if any(_runs(name, capability) for name in names):
+    if any(_runs(name, capability) for name in _names(architectures)):
         return None
-    held = ", ".join("sm_" + name.removesuffix("+PTX").replace(".", "") for name in names)
-    ptx = "PTX of " + ", ".join(name.removesuffix("+PTX") for name in names if name.endswith("+PTX"))
     gpu = "{}.{}".format(*capability)
     return (
-        f"this GPU is sm_{gpu.replace('.', '')}; the build holds {held or 'no architecture'} and "
-        f"{ptx if '+PTX' in architectures else 'no PTX'}. Rebuild with TORCH_CUDA_ARCH_LIST={gpu}"
+        f"this GPU is sm_{gpu.replace('.', '')}; the build holds {held_code(architectures)}. "
+        f"Rebuild with TORCH_CUDA_ARCH_LIST={gpu}"
     )
 
 

@@ -1,9 +1,9 @@
 """Loads the extension module, after a look at whether it fits: importing this registers the operators."""
 
-from cuda_cnn._build_info import build_info, check_build, no_cuda_note
+from cuda_cnn._build_info import build_info, build_note, check_build
 
 check_build()
 
 from cuda_cnn import _C  # noqa: E402
 
-_C.set_build_note(no_cuda_note(build_info()))
+_C.set_build_note(build_note(build_info()))

@@ -320,16 +320,40 @@ def test_operators_are_led_to_the_emulated_kernels(operators):
 NO_KERNEL_IMAGE, INVALID_FUNCTION = 209, 98
 
 
-@pytest.mark.parametrize("code", [NO_KERNEL_IMAGE, INVALID_FUNCTION])
-def test_a_gpu_that_the_build_does_not_hold_is_named(operators, code):
+@pytest.mark.parametrize("gpu,code", [(1, NO_KERNEL_IMAGE), (2, INVALID_FUNCTION), (64, NO_KERNEL_IMAGE)])
+def test_a_gpu_that_the_build_does_not_hold_is_named_before_any_launch(operators, gpu, code):
     from cuda_cnn import functional as F
 
     x = torch.randn(2, 16, 3, 3)
-    text = r"this GPU is sm_75; the build holds code for sm_80 sm_90\. Rebuild with TORCH_CUDA_ARCH_LIST=7\.5"
-    with emulated(launch_error=code), pytest.raises(RuntimeError, match=text):
+    text = r"this GPU is sm_75; the build holds .*\. Rebuild with TORCH_CUDA_ARCH_LIST=7\.5"
+    operators.reset_counters()
+    for _ in range(2):
+        with emulated(gpu=gpu, attributes_error=code, counters=True), pytest.raises(RuntimeError, match=text):
+            F.local_response_norm(x, 5)
+    assert operators.counters == []
+
+
+def test_a_gpu_is_asked_once(operators):
+    from cuda_cnn import functional as F
+
+    x = torch.randn(2, 16, 3, 3)
+    with (
+        emulated(gpu=3, attributes_error=9),
+        pytest.raises(RuntimeError, match="kernels on the GPU: invalid"),
+    ):
         F.local_response_norm(x, 5)
+    for error in (0, NO_KERNEL_IMAGE):
+        with emulated(gpu=3, attributes_error=error):
+            F.local_response_norm(x, 5)
+    with emulated(gpu=4, attributes_error=NO_KERNEL_IMAGE), pytest.raises(RuntimeError, match="this GPU"):
+        F.local_response_norm(x, 5)
+
+
+def test_a_launch_that_fails_is_an_error(operators):
+    from cuda_cnn import functional as F
+
     with emulated(launch_error=9), pytest.raises(RuntimeError, match="kernel launch: invalid configuration"):
-        F.local_response_norm(x, 5)
+        F.local_response_norm(torch.randn(2, 16, 3, 3), 5)
 
 
 def test_memory_starts_as_not_a_number(operators):

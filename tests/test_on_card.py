@@ -173,37 +173,6 @@ def test_other_than_the_current_device(name):
             assert torch.equal(a.cpu(), e.cpu())
 
 
-MIXED = {
-    "conv2d": lambda gpu, cpu: F.conv2d(gpu, cpu),
-    "conv2d's bias": lambda gpu, cpu: F.conv2d(gpu, gpu, cpu[:, 0, 0, 0]),
-    "batch_norm": lambda gpu, cpu: F.batch_norm(gpu, None, None, cpu[:, 0, 0, 0], None, True),
-    "concat": lambda gpu, cpu: F.concat([gpu, cpu], 1),
-    "write_channels_": lambda gpu, cpu: F.write_channels_(gpu.clone(), cpu, 0),
-    "subsample": lambda gpu, cpu: F.subsample(gpu, cpu[:, 0, 0, 0], gpu[:, 0, 0, 0]),
-    "max_pool2d's taps": lambda gpu, cpu: torch.ops.cuda_cnn.max_pool2d_backward(
-        gpu, cpu.byte(), [8, 8], [2, 2], [2, 2], [0, 0], [1, 1]
-    ),
-    "max_pool2d's gather": lambda gpu, cpu: torch.ops.cuda_cnn.max_pool2d_gather(
-        gpu, cpu[..., :2, :2].byte(), [2, 2], [2, 2], [0, 0], [1, 1]
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MIXED)
-def test_tensors_on_two_devices_are_an_error(name):
-    x = image(4, 4, 4, 4)
-    for gpu, cpu in ((x, x.cpu()), (x.cpu(), x)):
-        with pytest.raises(RuntimeError, match=r"cpu.*cuda|cuda.*cpu"):
-            MIXED[name](gpu, cpu)
-    torch.cuda.synchronize()
-
-
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "concat"])  # which copies any bytes
-def test_unsupported_dtype_is_an_error(name):
-    with pytest.raises((RuntimeError, TypeError), match=r"Int|int32"):
-        OPERATORS[name](torch.ones(2, 64, 8, 8, dtype=torch.int32, device=CUDA))
-
-
 # ---- large tensors -------------------------------------------------------------------------------------------
 
 PIXELS = 128

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cuda_cnn._build_info import missing_architecture, no_cuda_note, torch_mismatch
+from cuda_cnn._build_info import build_note, missing_architecture, torch_mismatch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -286,5 +286,7 @@ def test_which_gpus_a_binary_runs_on(capability, held, runs):
     assert (missing_architecture(capability, held) is None) is runs
 
 
-def test_no_cuda_note():
-    assert no_cuda_note({"why": "no nvcc", "date": "2026-11-23"}) == "no nvcc when built on 2026-11-23"
+def test_build_note():
+    without = {"cuda": False, "why": "no nvcc", "date": "2026-11-23", "architectures": ""}
+    assert build_note(without) == "no nvcc when built on 2026-11-23"
+    assert build_note({"cuda": True, "architectures": "8.0+PTX;9.0a"}) == "sm_80, sm_90a and PTX of 8.0"

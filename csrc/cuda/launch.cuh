@@ -23,28 +23,9 @@ __device__ __forceinline__ Shared& shared_storage() {
 #endif
 }
 
-#if defined(__CUDA_ARCH_LIST__)
-inline std::string no_code_for_this_gpu() {
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  const std::string x = std::to_string(major), y = std::to_string(minor);
-  std::string held;
-  for (int architecture : {__CUDA_ARCH_LIST__}) held += " sm_" + std::to_string(architecture / 10);
-  return "this GPU is sm_" + x + y + "; the build holds code for" + held +
-         ". Rebuild with TORCH_CUDA_ARCH_LIST=" + x + "." + y + ". See: python -m cuda_cnn env";
-}
-#endif
-
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // a launch error would otherwise show up again in the next call that looks
-#if defined(__CUDA_ARCH_LIST__)
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    throw std::runtime_error(no_code_for_this_gpu());
-  }
-#endif
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 

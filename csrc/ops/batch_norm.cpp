@@ -111,7 +111,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, c
   p.relu = relu;
   const at::Tensor workspace = workspace_for(p.shape, x);
   p.workspace = workspace.defined() ? mutable_data(workspace) : nullptr;
-  CUDA_CNN_LAUNCH(kOp, x, batch_norm_forward, p);
+  CUDA_CNN_LAUNCH(x, batch_norm_forward, p);
   return {y, mean, var};
 }
 
@@ -164,7 +164,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   p.relu = relu;
   const at::Tensor workspace = workspace_for(p.shape, x);
   p.workspace = workspace.defined() ? mutable_data(workspace) : nullptr;
-  CUDA_CNN_LAUNCH(kOp, x, batch_norm_backward, p);
+  CUDA_CNN_LAUNCH(x, batch_norm_backward, p);
   return {dx, dweight, dbias, dresidual};
 }
 

@@ -1,5 +1,6 @@
-// Why and when this build went without CUDA, for the error of a CUDA tensor. Python sets it when it loads the
-// extension: compiled in, the date would rebuild every file each day.
+// For two errors, what Python knows of this build: the code that it holds ("sm_80, sm_90a and no PTX") or,
+// without CUDA, why and since when. Python sets it when it loads the extension: compiled in, the date would
+// rebuild every file each day.
 #pragma once
 
 #include <string>
@@ -7,7 +8,11 @@
 namespace cuda_cnn {
 
 inline std::string& build_note() {
+#if defined(CUDA_CNN_EMULATED)
+  static std::string note = "the emulation's code";
+#else
   static std::string note;
+#endif
   return note;
 }
 

@@ -1,7 +1,7 @@
 // Each check and its wording, once. An operator calls them before it allocates.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/ATen.h>
 
 namespace cuda_cnn::ops {
 

@@ -92,7 +92,7 @@ void copy_rows(const std::vector<at::Tensor>& tensors, at::Tensor& output, const
   ConcatParams params{parts.data(), static_cast<int64_t>(parts.size()), mutable_data(output), target.count,
                       target.stride};
   params.alignment = common_alignment(params);
-  CUDA_CNN_LAUNCH(kOp, output, concat, params);
+  CUDA_CNN_LAUNCH(output, concat, params);
 }
 
 void check_sizes(const at::Tensor& tensor, const at::Tensor& first, int64_t dim, int64_t number) {

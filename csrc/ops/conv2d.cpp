@@ -1,8 +1,5 @@
 #include "ops/conv2d.h"
 
-#include <ATen/Context.h>
-
-#include "ops/allocate.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"
 
@@ -121,7 +118,7 @@ Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayR
 at::Tensor dense_nhwc(const at::Tensor& t) {
   if (t.is_contiguous(at::MemoryFormat::ChannelsLast)) return t;
   if (!t.is_contiguous()) return t.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor out = empty_result(t.sizes(), t.options().memory_format(at::MemoryFormat::ChannelsLast));
+  at::Tensor out = at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::ChannelsLast));
   if (!transpose_layout(t, out, t.size(1), t.size(2) * t.size(3))) out.copy_(t);
   return out;
 }
@@ -139,13 +136,13 @@ at::Tensor to_nhwc(const at::Tensor& t, int64_t* pixel) {
 
 at::Tensor empty_nhwc(at::IntArrayRef size, const at::TensorOptions& options, bool channels_last) {
   const bool both = size[0] * size[1] == 0 || size[1] == 1 || size[2] * size[3] <= 1;
-  return empty_result(size, options.memory_format(channels_last || !both ? at::MemoryFormat::ChannelsLast
-                                                                         : at::MemoryFormat::Contiguous));
+  return at::empty(size, options.memory_format(channels_last || !both ? at::MemoryFormat::ChannelsLast
+                                                                      : at::MemoryFormat::Contiguous));
 }
 
 at::Tensor in_format(const at::Tensor& nhwc, bool channels_last) {
   if (channels_last || nhwc.is_contiguous()) return nhwc;
-  at::Tensor out = empty_result(nhwc.sizes(), nhwc.options());
+  at::Tensor out = at::empty(nhwc.sizes(), nhwc.options());
   if (!transpose_layout(nhwc, out, nhwc.size(2) * nhwc.size(3), nhwc.size(1))) out.copy_(nhwc);
   return out;
 }
@@ -171,7 +168,7 @@ at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::In
   p.weight = data(filter);
   p.dx = mutable_data(dx);
   const at::Tensor workspace = attach_workspace(Conv2dDirection::kInputGrad, p, dy);
-  CUDA_CNN_LAUNCH(geometry.op, dy, conv2d_input_grad, p);
+  CUDA_CNN_LAUNCH(dy, conv2d_input_grad, p);
   return in_format(dx, channels_last);
 }
 
@@ -188,7 +185,7 @@ at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, at::IntArr
   p.in_relu = map.relu;
   p.dweight = mutable_data(dweight);
   const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
-  CUDA_CNN_LAUNCH(geometry.op, dy, conv2d_weight_grad, p);
+  CUDA_CNN_LAUNCH(dy, conv2d_weight_grad, p);
   return in_format(dweight, channels_last);
 }
 
@@ -201,7 +198,7 @@ at::Tensor bias_gradient(const at::Tensor& dy, const char* op) {
   p.dy = data(grad);
   p.dbias = mutable_data(dbias);
   const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
-  CUDA_CNN_LAUNCH(op, dy, conv2d_weight_grad, p);
+  CUDA_CNN_LAUNCH(dy, conv2d_weight_grad, p);
   return dbias;
 }
 
@@ -223,7 +220,7 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::opti
   p.bias = bias ? data(shift) : nullptr;
   p.y = mutable_data(y);
   const at::Tensor workspace = attach_workspace(Conv2dDirection::kForward, p, x);
-  CUDA_CNN_LAUNCH(kOp, x, conv2d_forward, p);
+  CUDA_CNN_LAUNCH(x, conv2d_forward, p);
   return in_format(y, channels_last);
 }
 

@@ -1,7 +1,7 @@
 // What the operators of convolution share: checks, sizes, layouts.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/ATen.h>
 
 #include "kernels/conv2d.h"
 

@@ -1,8 +1,5 @@
 #include "kernels/conv2d_fused.h"
 
-#include <ATen/TensorOperators.h>
-
-#include "ops/allocate.h"
 #include "ops/conv2d.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"
@@ -90,7 +87,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv2d_fused(
   p.y = mutable_data(y);
   if (want_stats) p.mean = mutable_data(mean), p.variance = mutable_data(variance);
   const at::Tensor workspace = attach_workspace(Conv2dDirection::kForward, p, x);
-  CUDA_CNN_LAUNCH(kOp, x, conv2d_forward, p);
+  CUDA_CNN_LAUNCH(x, conv2d_forward, p);
   return {y, mean, variance};
 }
 
@@ -111,7 +108,7 @@ at::Tensor effective_gradient(const at::Tensor& dy, const OptionalTensor& dmean,
     p.z = view_of(output, y_pixel);
     p.relu = true;
     p.dresidual = mutable_data(result);
-    CUDA_CNN_LAUNCH(kOp, dy, channel_map_grad, p);
+    CUDA_CNN_LAUNCH(dy, channel_map_grad, p);
     return result;
   }
   TORCH_CHECK(mean, kOp, ": expected mean beside the statistics' gradients, got none");
@@ -123,7 +120,7 @@ at::Tensor effective_gradient(const at::Tensor& dy, const OptionalTensor& dmean,
   const ChannelMapParams p{
       dtype,       pixels_of(dy), dy.size(1), view_of(output, y_pixel), view_of(grad, dy_pixel),
       data(scale), data(shift),   end,        mutable_data(result),     dy.size(1)};
-  CUDA_CNN_LAUNCH(kOp, dy, channel_map, p);
+  CUDA_CNN_LAUNCH(dy, channel_map, p);
   return result;
 }
 
@@ -152,7 +149,7 @@ std::tuple<at::Tensor, at::Tensor> through_prologue(at::Tensor& dx, const at::Te
   p.sum_g = mutable_data(sum_g);
   p.sum_gx = mutable_data(sum_gx);
   const at::Tensor workspace = map_grad_workspace(p, x);
-  CUDA_CNN_LAUNCH(kOp, x, channel_map_grad, p);
+  CUDA_CNN_LAUNCH(x, channel_map_grad, p);
   return {sum_gx, sum_g};
 }
 
@@ -223,7 +220,7 @@ void map_into(at::Tensor& z, int64_t z_pixel, const at::Tensor& x, const at::Ten
                            relu ? MapEnd::kRelu : MapEnd::kNone,
                            mutable_data(z),
                            z_pixel};
-  CUDA_CNN_LAUNCH(kMap, x, channel_map, p);
+  CUDA_CNN_LAUNCH(x, channel_map, p);
 }
 
 at::Tensor channel_map(const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift,
@@ -265,7 +262,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> channel_map_backward(
   p.sum_g = mutable_data(sum_g);
   p.sum_gx = mutable_data(sum_gx);
   const at::Tensor workspace = map_grad_workspace(p, x);
-  CUDA_CNN_LAUNCH(kMap, x, channel_map_grad, p);
+  CUDA_CNN_LAUNCH(x, channel_map_grad, p);
   return {dx, sum_gx, sum_g, dresidual};
 }
 
@@ -282,7 +279,7 @@ std::tuple<at::Tensor, at::Tensor> channel_statistics(const at::Tensor& x) {
   p.mean = mutable_data(mean);
   p.variance = mutable_data(variance);
   const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, x);
-  CUDA_CNN_LAUNCH(kName, x, conv2d_statistics, p);
+  CUDA_CNN_LAUNCH(x, conv2d_statistics, p);
   return {mean, variance};
 }
 

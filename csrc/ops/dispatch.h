@@ -2,14 +2,17 @@
 // CPU, CUDA and emulated CUDA a build has.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/DeviceGuard.h>
-#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "kernels/host_device.h"
 #include "ops/build_note.h"
 #include "ops/checks.h"
 
+#if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
+#include "cuda/gpu.h"
+#endif
 #if defined(CUDA_CNN_WITH_CUDA)
 #include <c10/cuda/CUDAStream.h>
 #endif
@@ -52,6 +55,17 @@ inline bool uses_cuda_kernels(const at::Tensor& tensor) {
 #endif
 }
 
+constexpr c10::DispatchKey kCpuKeys[] = {c10::DispatchKey::CPU, c10::DispatchKey::SparseCPU,
+                                         c10::DispatchKey::SparseCsrCPU, c10::DispatchKey::MkldnnCPU};
+constexpr c10::DispatchKey kCudaKeys[] = {c10::DispatchKey::CUDA, c10::DispatchKey::SparseCUDA,
+                                          c10::DispatchKey::SparseCsrCUDA};
+
+// What a build without CUDA has for tensors on a GPU, whatever the other arguments.
+[[noreturn]] inline void refuse_cuda(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack*) {
+  TORCH_CHECK(false, op.operator_name().name, " was built without CUDA (", build_note(),
+              "). See: python -m cuda_cnn env");
+}
+
 // Defines an operator and gives it one implementation for every kind of tensor: fn itself refuses what it
 // cannot take (with a message that names the argument), and looks at the device when it launches.
 template <class Fn>
@@ -59,34 +73,38 @@ void define(torch::Library& library, const std::string& schema, Fn* fn) {
   library.def(torch::schema(schema.c_str(), c10::AliasAnalysisKind::FROM_SCHEMA),
               {at::Tag::pt2_compliant_tag});
   const std::string name = schema.substr(0, schema.find('('));
-  using Key = c10::DispatchKey;
-  for (Key key : {Key::CPU, Key::CUDA, Key::SparseCPU, Key::SparseCUDA, Key::SparseCsrCPU, Key::SparseCsrCUDA,
-                  Key::MkldnnCPU}) {
+  for (c10::DispatchKey key : kCpuKeys)
     library.impl(name.c_str(), torch::dispatch(key, torch::CppFunction(fn)));
+  for (c10::DispatchKey key : kCudaKeys) {
+#if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
+    library.impl(name.c_str(), torch::dispatch(key, torch::CppFunction(fn)));
+#else
+    library.impl(name.c_str(),
+                 torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<&refuse_cuda>()));
+#endif
   }
 }
 
 }  // namespace cuda_cnn::ops
 
-// LAUNCH("conv2d", x, conv2d_forward, params): runs cpu::conv2d_forward or cuda::conv2d_forward where x
-// lives.
+// LAUNCH(x, conv2d_forward, params): runs cpu::conv2d_forward or cuda::conv2d_forward where x lives.
 #if defined(CUDA_CNN_EMULATED)
-#define CUDA_CNN_LAUNCH(op, tensor, kernel, params) ::cuda_cnn::cuda::kernel(params, nullptr)
+#define CUDA_CNN_LAUNCH(tensor, kernel, params)                       \
+  do {                                                                \
+    ::cuda_cnn::cuda::require_code_for_gpu(::cuda_cnn::build_note()); \
+    ::cuda_cnn::cuda::kernel(params, nullptr);                        \
+  } while (false)
 #elif defined(CUDA_CNN_WITH_CUDA)
-#define CUDA_CNN_LAUNCH(op, tensor, kernel, params)                        \
+#define CUDA_CNN_LAUNCH(tensor, kernel, params)                            \
   do {                                                                     \
     if ((tensor).is_cuda()) {                                              \
       const c10::DeviceGuard guard((tensor).device());                     \
+      ::cuda_cnn::cuda::require_code_for_gpu(::cuda_cnn::build_note());    \
       ::cuda_cnn::cuda::kernel(params, ::cuda_cnn::ops::current_stream()); \
     } else {                                                               \
       ::cuda_cnn::cpu::kernel(params);                                     \
     }                                                                      \
   } while (false)
 #else
-#define CUDA_CNN_LAUNCH(op, tensor, kernel, params)                                 \
-  do {                                                                              \
-    TORCH_CHECK(!(tensor).is_cuda(), "cuda_cnn::", op, " was built without CUDA (", \
-                ::cuda_cnn::build_note(), "). See: python -m cuda_cnn env");        \
-    ::cuda_cnn::cpu::kernel(params);                                                \
-  } while (false)
+#define CUDA_CNN_LAUNCH(tensor, kernel, params) ::cuda_cnn::cpu::kernel(params)
 #endif

@@ -40,7 +40,7 @@ at::Tensor local_response_norm(const at::Tensor& x, int64_t size, double alpha, 
   LocalResponseNormParams p = make_params(x, format, size, alpha, beta, k);
   p.x = data(input);
   p.out = mutable_data(y);
-  CUDA_CNN_LAUNCH(kOp, x, local_response_norm_forward, p);
+  CUDA_CNN_LAUNCH(x, local_response_norm_forward, p);
   return y;
 }
 
@@ -57,7 +57,7 @@ at::Tensor local_response_norm_backward(const at::Tensor& dy, const at::Tensor& 
   p.x = data(input);
   p.dy = data(grad);
   p.out = mutable_data(dx);
-  CUDA_CNN_LAUNCH(kOp, x, local_response_norm_backward, p);
+  CUDA_CNN_LAUNCH(x, local_response_norm_backward, p);
   return dx;
 }
 

@@ -98,7 +98,7 @@ Pooled pool(const at::Tensor& x, Ints kernel, Ints stride, Ints padding, Ints di
   p.indices = want_indices ? out.indices.mutable_data_ptr<int64_t>() : nullptr;
   p.channels_last = is_channels_last(format);
   p.dtype = dtype_of(x);
-  CUDA_CNN_LAUNCH(kOp, x, max_pool2d, p);
+  CUDA_CNN_LAUNCH(x, max_pool2d, p);
   return out;
 }
 
@@ -150,7 +150,7 @@ at::Tensor max_pool2d_backward(const at::Tensor& dy, const at::Tensor& taps, Int
   p.taps = const_cast<void*>(data(where));
   p.output = mutable_data(dx);
   p.dtype = dtype_of(dy);
-  CUDA_CNN_LAUNCH(kOp, dy, max_pool2d_backward, p);
+  CUDA_CNN_LAUNCH(dy, max_pool2d_backward, p);
   return dx;
 }
 
@@ -171,7 +171,7 @@ at::Tensor max_pool2d_gather(const at::Tensor& plane, const at::Tensor& taps, In
   p.taps = const_cast<void*>(data(where));
   p.output = mutable_data(out);
   p.dtype = dtype_of(plane);
-  CUDA_CNN_LAUNCH(kOp, plane, max_pool2d_gather, p);
+  CUDA_CNN_LAUNCH(plane, max_pool2d_gather, p);
   return out;
 }
 

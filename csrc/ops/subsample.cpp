@@ -70,7 +70,7 @@ at::Tensor subsample(const at::Tensor& x, const at::Tensor& coefficient, const a
   p.coefficient = data(k);
   p.bias = data(b);
   p.y = mutable_data(y);
-  CUDA_CNN_LAUNCH(kOp, x, subsample, p);
+  CUDA_CNN_LAUNCH(x, subsample, p);
   return y;
 }
 
@@ -103,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> subsample_backward(const at::Tens
   p.dcoefficient = mutable_data(dcoefficient);
   p.dbias = mutable_data(dbias);
   p.partial = mutable_data(partial);
-  CUDA_CNN_LAUNCH(kOp, x, subsample_backward, p);
+  CUDA_CNN_LAUNCH(x, subsample_backward, p);
   return {dx, dcoefficient, dbias};
 }
 

@@ -32,6 +32,8 @@ DEFAULTS = {
     "bounds": False,
     "counters": False,
     "launch_error": 0,
+    "attributes_error": 0,
+    "gpu": 0,
     "dry_run": False,
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "Unavailable",
     "emulated",
     "emulated_operators",
+    "on_gpu",
     "torch_engine",
 ]
 
@@ -70,8 +73,9 @@ class Engine:
         self.set(**DEFAULTS)
 
     def set(self, **options: str | int | bool) -> None:
-        """schedule (of SCHEDULES), landing (of LANDINGS), seed, races, bounds, counters; launch_error: a code;
-        dry_run: launches are looked at, not run."""
+        """schedule (of SCHEDULES), landing (of LANDINGS), seed, races, bounds, counters; launch_error and
+        attributes_error: what these calls of CUDA shall answer; gpu: the current device's number; dry_run: launches
+        are looked at, not run."""
         for name, value in options.items():
             if isinstance(value, str):
                 value = {"schedule": SCHEDULES, "landing": LANDINGS}[name].index(value)
@@ -145,7 +149,7 @@ def torch_engine() -> Engine:
     """The engine of the library torch.ops.cuda_cnn_emulated; raises Unavailable where there can be none."""
     names = emulated_operators()
     bindings = [path for path in sorted((ROOT / "csrc/ops").rglob("*.cpp")) if path.stem in names]
-    bindings.append(Path(__file__).with_name("allocator.cpp"))
+    bindings += [Path(__file__).with_name(name) for name in ("allocator.cpp", "faked.cpp")]
     path = build(f"operators-{torch.__version__}", sorted((ROOT / "csrc/cuda").rglob("*.cu")), bindings)
     torch.ops.load_library(str(path))
     return Engine(path)
@@ -174,6 +178,12 @@ class _OnEmulatedKernels(TorchDispatchMode):
 
 def _has_storage(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+
+
+def on_gpu(x: torch.Tensor, gpu: int = 0) -> torch.Tensor:
+    """A tensor that says it is on that GPU; its memory is x's. Operators check it and go no further."""
+    torch_engine()
+    return torch.ops.cuda_cnn_emulated.on_gpu(x, gpu)
 
 
 @contextlib.contextmanager

@@ -22,11 +22,13 @@ struct Options {
   Schedule schedule = Schedule::kForward;
   Landing landing = Landing::kLate;
   unsigned seed = 1;
-  bool races = false;     // in shared memory races, uninitialised reads, reads in flight; between blocks
-  bool bounds = false;    // global accesses must fall into a registered range
-  bool counters = false;  // bank conflicts and sectors
-  unsigned launch_error = 0;
-  bool dry_run = false;  // launches are looked at, not run
+  bool races = false;         // in shared memory races, uninitialised reads, reads in flight; between blocks
+  bool bounds = false;        // global accesses must fall into a registered range
+  bool counters = false;      // bank conflicts and sectors
+  unsigned launch_error = 0;  // that every launch shall give, or 0
+  unsigned attributes_error = 0;  // that every question for a kernel's attributes shall give, or 0
+  unsigned gpu = 0;               // the current device's number
+  bool dry_run = false;           // launches are looked at, not run
 };
 extern Options options;
 

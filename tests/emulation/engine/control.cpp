@@ -69,6 +69,8 @@ void clear_report() {
 }
 
 int launch_error() { return static_cast<int>(options.launch_error); }
+int attributes_error() { return static_cast<int>(options.attributes_error); }
+int current_gpu() { return static_cast<int>(options.gpu); }
 
 const char* last_report() { return report_text.c_str(); }
 
@@ -105,6 +107,10 @@ bool emulation_set(const char* name, unsigned value) {
     options.counters = value != 0;
   } else if (option == "launch_error") {
     options.launch_error = value;
+  } else if (option == "attributes_error") {
+    options.attributes_error = value;
+  } else if (option == "gpu") {
+    options.gpu = value;
   } else if (option == "dry_run") {
     options.dry_run = value != 0;
   } else {

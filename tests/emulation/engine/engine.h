@@ -102,7 +102,9 @@ struct Launch {
   size_t argument_bytes;
 };
 bool run(const Launch& launch);  // false: an error was reported
-int launch_error();              // that every launch shall give, or 0
+int launch_error();              // see Options
+int attributes_error();
+int current_gpu();
 const char* last_report();
 
 }  // namespace cuda_cnn::emulation

@@ -208,12 +208,19 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? cuda_cnn::emulation::last_report() : "invalid configuration";
 }
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  return *device = cuda_cnn::emulation::current_gpu(), cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? 7 : 5;  // older than any code of ours
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+struct cudaFuncAttributes {};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return static_cast<cudaError_t>(cuda_cnn::emulation::attributes_error());
+}
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute attribute, int value) {
   const bool too_large = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && value > 227 * 1024;
