@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cuda_cnn._C import eager
 from cuda_cnn.ops import _library
 from cuda_cnn.ops.conv2d import channels_last
 from cuda_cnn.ops.max_pool2d import MAX_BYTE_TAPS
@@ -28,6 +29,9 @@ class Override(NamedTuple):
     name: str  # of the aten operator, with its overload
     operator: str  # the group that `use(ops=…)` names
     kernel: Callable
+    tensors: int = (
+        1  # how many of its first arguments are tensors whose shapes say which call it is; 0: a list of them
+    )
     keys: tuple[str, ...] = ("CPU", "CUDA")
     logged: bool = True
 
@@ -37,17 +41,18 @@ def _require(condition: bool, reason: str) -> None:
         raise DeclinedError(reason)
 
 
-def _pair(values: Sequence[int]) -> list[int]:
-    return [*values, *values] if len(values) == 1 else list(values)
+def _pair(values: Sequence[int]) -> tuple[int, ...]:
+    return (*values, *values) if len(values) == 1 else tuple(values)
 
 
 # ---- conv2d -------------------------------------------------------------------------------------------------
 
 
-def _geometry(x: Tensor, weight: Tensor, transposed: bool, *lists: Sequence[int]) -> list[list[int]]:
+def _geometry(x: Tensor, weight: Tensor, transposed: bool, *lists: Sequence[int]) -> list[tuple[int, ...]]:
     if transposed or not weight.dim() == x.dim() == 4:
         kind = "transposed" if transposed else "convolution"
         raise NotOursError(f"{weight.dim() - 2}-D {kind}")
+    _require(x.shape[1] > 0, "no channels, of which torch makes a result without channels")
     return [_pair(values) for values in lists]
 
 
@@ -64,7 +69,8 @@ def convolution(
     *_flags: bool,
 ) -> Tensor:
     geometry = _geometry(x, weight, transposed, stride, padding, dilation)
-    return _library.ops.conv2d(x, weight, bias, *geometry, groups)
+    y = eager.conv2d(x, weight, bias, *geometry, groups)
+    return _library.ops.conv2d(x, weight, bias, *geometry, groups) if y is NotImplemented else y
 
 
 def convolution_backward(
@@ -217,19 +223,20 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
         _require(tensor.dtype == first.dtype, "mixed dtypes")
         _require(tensor.layout == torch.strided, f"layout {tensor.layout}")
         _require(tensor.device == first.device, "two devices")
-    return _library.ops.concat(tensors, dim)
+    y = eager.concat(tensors, dim)
+    return _library.ops.concat(tensors, dim) if y is NotImplemented else y
 
 
 OVERRIDES = (
-    Override("convolution", "conv2d", convolution),
-    Override("_convolution", "conv2d", convolution),
-    Override("convolution_backward", "conv2d", convolution_backward),
+    Override("convolution", "conv2d", convolution, 2),
+    Override("_convolution", "conv2d", convolution, 2),
+    Override("convolution_backward", "conv2d", convolution_backward, 3),
     Override("max_pool2d_with_indices", "max_pool2d", max_pool2d),
-    Override("max_pool2d_with_indices_backward", "max_pool2d", max_pool2d_backward),
+    Override("max_pool2d_with_indices_backward", "max_pool2d", max_pool2d_backward, 2),
     Override("native_batch_norm", "batch_norm", native_batch_norm),
     Override("_native_batch_norm_legit", "batch_norm", native_batch_norm),
     Override("_native_batch_norm_legit.no_stats", "batch_norm", native_batch_norm_no_stats),
     Override("native_batch_norm_backward", "batch_norm", native_batch_norm_backward),
-    Override("batch_norm", "batch_norm", batch_norm_without_cudnn, ("CUDA", "AutogradCUDA"), logged=False),
-    Override("cat", "concat", cat),
+    Override("batch_norm", "batch_norm", batch_norm_without_cudnn, 1, ("CUDA", "AutogradCUDA"), logged=False),
+    Override("cat", "concat", cat, 0),
 )

@@ -32,6 +32,12 @@ ALGORITHMS = {
     "few_channels": "all outputs of a pixel in one thread: a product's tile would be mostly empty",
     "direct": "the formula, one thread a result: nothing faster computes this",
 }
+# The other operators have a kernel for each of the two layouts, concat one, and the passes of `fuse` are NHWC.
+LAYOUTS = {
+    "channels": "NHWC: neighbouring lanes take neighbouring channels",
+    "planes": "NCHW: neighbouring lanes take neighbouring pixels",
+    "copies": "rows of the result, from front to back",
+}
 # What runs forward, of PyTorch's operators that have a counterpart here.
 TORCH_OPERATORS = {
     o.name.split(".")[0]: o.operator for o in _aten.OVERRIDES if "backward" not in o.name and o.logged
@@ -50,8 +56,8 @@ class Row:
     output: tuple[int, ...]
     dtype: str
     layout: str  # of the input in memory: NHWC (channels_last), NCHW (contiguous), …
-    algorithm: str  # of a convolution: y / dx / dw
-    reason: str  # of the algorithm, or why PyTorch's kernel runs
+    algorithm: str  # or kernel; of a convolution: y / dx / dw
+    reason: str  # of the algorithm, and what fuse has made of the layer; or why PyTorch's kernel runs
     conversions: tuple[str, ...]  # copies that the call paid for
     converted_bytes: int
 
@@ -184,8 +190,10 @@ class _Watcher(TorchDispatchMode):
         elif space == "cuda_cnn" and not name.startswith(("conv2d_algorithm", "conv2d_cuda_kernel")):
             x = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
             y = output[0] if isinstance(output, (list, tuple)) else output
-            algorithm, reason = _algorithm(args) if name == "conv2d" else ("", self.fused)
-            self._add(name, True, x, x if y is None else y, reason, algorithm, _copies(name, args, y))
+            y = x if y is None else y
+            algorithm, reason = _algorithm(name, args, y)
+            reason = "; ".join(filter(None, (self.fused, reason)))
+            self._add(name, True, x, y, reason, algorithm, _copies(name, args, y))
         return output
 
     def _torch_call(self, func: Any, operator: str, args: tuple, kwargs: dict) -> Any:
@@ -204,8 +212,9 @@ class _Watcher(TorchDispatchMode):
             reason = call.reason if call else f"{operator} is excluded"
         x = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         y = output[0] if isinstance(output, (list, tuple)) else output
-        conv = ours and operator == "conv2d"
-        algorithm, reason = _algorithm([*args[:6], args[8]]) if conv else ("", reason)
+        algorithm = ""
+        if ours:  # aten::convolution has transposed and output_padding before groups
+            algorithm, reason = _algorithm(operator, [*args[:6], *args[8:9]], y)
         self._add(operator, ours, x, y, reason, algorithm, _copies(operator, args, y) if ours else ())
         return output
 
@@ -246,12 +255,22 @@ def _untouched(model: Module) -> Iterator[None]:
                     buffer.copy_(values)
 
 
-def _algorithm(args: Any) -> tuple[str, str]:
-    """(y / dx / dw, the reason of the first) for the arguments of conv2d."""
-    x, weight, _, *geometry, groups = args
+def _algorithm(operator: str, args: Any, y: Tensor) -> tuple[str, str]:
+    """(name, reason) of what serves a call; of a convolution y / dx / dw, and the reason of the first."""
+    if operator not in ("conv2d", "conv2d_fused"):
+        last = torch._prims_common.suggest_memory_format(y) == torch.channels_last
+        always_last = operator.startswith("channel_")
+        name = "copies" if operator == "concat" else "channels" if last or always_last else "planes"
+        return name, LAYOUTS[name]
+    x, weight, *_ = args
+    *geometry, groups = args[3:7] if operator == "conv2d" else args[9:13]
+    mapped = operator == "conv2d_fused" and (args[3] is not None or args[5])
     lists = [list(v) * (2 // len(v)) for v in geometry]
     names = [
-        conv2d.algorithm(direction, x.shape, weight.shape, *lists, groups, x.dtype, x.device.type)
+        conv2d.algorithm(
+            *(direction, x.shape, weight.shape, *lists, groups, x.dtype, x.device.type),
+            mapped=mapped and direction != "input_grad",
+        )
         for direction in ("forward", "input_grad", "weight_grad")
     ]
     return "/".join(names), ALGORITHMS.get(names[0].split()[0], "")
@@ -259,7 +278,7 @@ def _algorithm(args: Any) -> tuple[str, str]:
 
 def _copies(operator: str, args: Any, y: Tensor | None) -> list[tuple[str, int]]:
     """Changes of memory layout that csrc/ops makes before and after the kernel."""
-    if operator == "conv2d":
+    if operator in ("conv2d", "conv2d_fused"):
         parts = [("input to NHWC", args[0]), ("weight to NHWC", args[1]), ("output to NCHW", y)]
         return [(what, _bytes(t)) for what, t in parts if t.numel() and not _channels_together(t)]
     if operator == "concat" or not isinstance(args[0], Tensor):

@@ -55,22 +55,26 @@ class CallLog:
     def __init__(self, ops: frozenset[str], fallback: bool):
         self.ops, self.fallback = ops, fallback
         # Each thread counts for itself: no lock that a forked process could inherit locked.
-        self._of_thread: dict[int, Counter[tuple]] = {}
+        self._of_thread: dict[int, dict[tuple, int]] = {}
 
-    def add(self, *call: Any) -> None:
-        """Counts a call, given as the fields of Call."""
+    def add(self, override: _aten.Override, args: tuple, reason: str) -> None:
+        """Counts a call of what stands in for an operator."""
+        tensors = args[: override.tensors] if override.tensors else args[0]
+        # A list: faster than a generator.
+        call = override, tuple([t.shape for t in tensors]), tensors[0].dtype, reason
         thread = threading.get_ident()
         counter = self._of_thread.get(thread)
         if counter is None:
-            counter = self._of_thread.setdefault(thread, Counter())
-        counter[call] += 1
+            counter = self._of_thread.setdefault(thread, {})
+        counter[call] = counter.get(call, 0) + 1
 
     @property
     def counts(self) -> Counter[Call]:
         total: Counter[Call] = Counter()
         for counter in tuple(self._of_thread.values()):
-            for (operator, name, shapes, *rest), count in dict(counter).items():
-                total[Call(operator, name, tuple(map(tuple, shapes)), *rest)] += count
+            for (override, shapes, dtype, reason), count in dict(counter).items():
+                shapes = tuple(map(tuple, shapes))
+                total[Call(override.operator, override.name, shapes, dtype, reason)] += count
         return total
 
     @property
@@ -143,7 +147,13 @@ def disable() -> None:
 
 
 _everywhere: CallLog | None = None
-_pause = threading.local()
+
+
+class _Pause(threading.local):
+    on = False
+
+
+_pause = _Pause()
 
 
 def _chosen(ops: str | Iterable[str], exclude: str | Iterable[str]) -> frozenset[str]:
@@ -200,26 +210,24 @@ def _of_this_thread() -> CallLog | None:
     return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
 
 
-def _serve(
-    name: str, operator: str, ours: Callable, original: Callable, logged: bool, args: tuple, kwargs: dict
-) -> Any:
+def _serve(override: _aten.Override, original: Callable, args: tuple, kwargs: dict) -> Any:
     """The call on our kernel, if this thread wants that and it can be; else on the original."""
     log = active()
-    if log is None or operator not in log.ops or getattr(_pause, "on", False):
+    if log is None or override.operator not in log.ops or _pause.on:
         return original(*args, **kwargs)
     try:
-        result = ours(*args, **kwargs)
+        result = override.kernel(*args, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except (_aten.DeclinedError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        if logged:
-            log.add(operator, name, *_shapes(operator, args), reason)
+        if override.logged:
+            log.add(override, args, reason)
         if not (log.fallback or isinstance(error, _aten.NotOursError)):
-            raise NotImplementedError(f"cuda_cnn.use(fallback=False): {name}: {reason}") from error
+            raise NotImplementedError(f"cuda_cnn.use(fallback=False): {override.name}: {reason}") from error
     else:
-        if logged:
-            log.add(operator, name, *_shapes(operator, args), "")
+        if override.logged:
+            log.add(override, args, "")
         return result
     # PyTorch's kernel may call others of these operators: that is its own affair.
     _pause.on = True
@@ -227,16 +235,6 @@ def _serve(
         return original(*args, **kwargs)
     finally:
         _pause.on = False
-
-
-def _shapes(operator: str, args: tuple) -> tuple[tuple[tuple[int, ...], ...], torch.dtype]:
-    """Shapes of a call's tensors, and the first one's dtype."""
-    if operator == "batch_norm":  # the rest are vectors of as many values as there are channels
-        tensors = args[:1]
-    else:
-        tensors = args[0] if isinstance(args[0], (list, tuple)) else args
-    shapes = tuple([t.shape for t in tensors if isinstance(t, Tensor)])  # a list: faster than a generator
-    return shapes, tensors[0].dtype
 
 
 class _Overrides:
@@ -278,23 +276,18 @@ _overrides = _Overrides()
 @functools.cache
 def _kernel(override: _aten.Override, key: str) -> Callable:
     """The override as the dispatcher calls it. The kernel that it falls back to is looked up before it goes in."""
-    original = torch.library.get_kernel(f"aten::{override.name}", key)
-    name, operator, ours, logged = override.name, override.operator, override.kernel, override.logged
+    original = torch.library.get_kernel(f"aten::{override.name}", key).call_boxed
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        return _serve(
-            name, operator, ours, functools.partial(original.call_boxed, keyset), logged, args, kwargs
-        )
+        return _serve(override, functools.partial(original, keyset), args, kwargs)
 
     return kernel
 
 
 _torch_local_response_norm = torch.nn.functional.local_response_norm
+_lrn = _aten.Override("local_response_norm", "local_response_norm", F.local_response_norm)
 
 
 @functools.wraps(_torch_local_response_norm)
 def _local_response_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _serve(
-        *("local_response_norm", "local_response_norm", F.local_response_norm),
-        *(_torch_local_response_norm, True, (input, *args), kwargs),
-    )
+    return _serve(_lrn, _torch_local_response_norm, (input, *args), kwargs)

@@ -27,6 +27,11 @@ class Net(nn.Module):
         return self.drop(self.up(torch.cat([x, x], 1)))
 
 
+class Cat(nn.Module):
+    def forward(self, x):
+        return torch.cat([x, x], 1)
+
+
 def rows(model, x):
     return {(r.layer, r.operator): r for r in cuda_cnn.explain(model, x).rows}
 
@@ -159,7 +164,50 @@ def test_fused_networks_are_shown_as_they_run():
         ("1.1", "local_response_norm"),
         ("2", "max_pool2d"),
     ]
-    assert [r.reason for r in found[1:3]] == ["statistics in its epilogue", "norm and ReLU on its load"]
+    gemm = "matrix products on channels, the general case"
+    assert [r.reason for r in found[1:3]] == [
+        f"statistics in its epilogue; {gemm}",
+        f"norm and ReLU on its load; {gemm}",
+    ]
+    assert [r.algorithm for r in found[:3]] == ["gemm/gemm/gemm"] * 3
     assert all(r.ours for r in found) and model[1].forward is forward
     (folded, *_) = (r for r in cuda_cnn.explain(model.eval(), x).rows if r.operator == "conv2d_fused")
-    assert folded.layer == "1.0.0" and folded.reason == "norm folded in, ReLU"
+    assert folded.layer == "1.0.0" and folded.reason == f"norm folded in, ReLU; {gemm}"
+
+
+class Mapped(nn.Module):
+    """A depthwise convolution with a ReLU, or nothing, on its load."""
+
+    def forward(self, x, relu):
+        return cuda_cnn.functional.conv2d_fused(x, torch.ones(32, 1, 3, 3), None, None, None, relu, groups=32)
+
+
+def test_fused_convolutions_name_the_algorithm_that_they_take():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.ReLU())
+    cuda_cnn.convert(model)
+    cuda_cnn.fuse(model)
+    x = torch.randn(2, 3, 12, 12)
+    found = rows(model, x)
+    assert found["1", "conv2d_fused"].algorithm == "winograd/winograd/winograd"
+    assert found["1", "conv2d_fused"].reason.startswith("statistics in its epilogue; 3×3 or 5×5")
+    assert found["2", "channel_map"].algorithm == "channels"
+    with cuda_cnn.backends.flags(winograd=False):
+        assert rows(model, x)["1", "conv2d_fused"].algorithm == "gemm/gemm/gemm"
+    # The depthwise kernel cannot map what it loads, and the input gradient's load is another.
+    x = torch.randn(1, 32, 5, 5)
+    names = [cuda_cnn.explain(Mapped(), x, relu).rows[0].algorithm for relu in (False, True)]
+    assert names == ["depthwise/depthwise/depthwise", "gemm/depthwise/gemm"]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_every_row_of_ours_names_its_kernel_and_why(layout):
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.LocalResponseNorm(3))
+    cuda_cnn.convert(model)
+    rows = cuda_cnn.explain(model, torch.randn(2, 4, 6, 6).to(memory_format=layout)).rows
+    kernel = "planes" if layout == torch.contiguous_format else "channels"
+    assert [r.algorithm for r in rows] == [kernel] * 3
+    assert all(r.reason.startswith("NCHW" if kernel == "planes" else "NHWC") for r in rows)
+    with cuda_cnn.use():
+        (row,) = cuda_cnn.explain(Cat(), torch.ones(1, 2, 3, 3)).rows
+    assert (row.algorithm, row.reason) == ("copies", "rows of the result, from front to back")

@@ -181,6 +181,18 @@ def test_fallback_and_its_reason():
         F.conv2d(x, w)
 
 
+def test_a_convolution_of_no_channels_is_torchs():
+    """PyTorch's test_conv_empty_channel: its result has no channels either."""
+    layer, x = nn.Conv2d(3, 5, 3, stride=2), torch.randn(2, 0, 7, 9, requires_grad=True)
+    layer.weight = nn.Parameter(torch.empty(5, 0, 3, 3))
+    expected = layer(x)
+    with cuda_cnn.use() as log:
+        y = layer(x)
+        y.sum().backward()
+    assert y.shape == expected.shape == (2, 0, 3, 4) and log.ours == 0
+    assert torch.equal(layer.bias.grad, torch.zeros(5)) and x.grad.shape == x.shape
+
+
 def test_ops_and_exclude():
     x, w = torch.ones(1, 2, 5, 5), torch.ones(3, 2, 2, 2)
     with cuda_cnn.use(ops=["conv2d", "max_pool2d"], exclude="max_pool2d") as log:

@@ -246,10 +246,11 @@ at::Tensor conv2d_bias_grad(const at::Tensor& dy) {
   return bias_gradient(dy, kOp);
 }
 
-// For "forward", "input_grad" or "weight_grad": which, and a call with these sizes, dense NHWC.
+// For "forward", "input_grad" or "weight_grad": which, and a call with these sizes, dense NHWC, with or
+// without the fused form's map on the load.
 std::pair<Conv2dDirection, Conv2dParams> named_call(c10::string_view direction, at::IntArrayRef x,
                                                     at::IntArrayRef weight, const Geometry& geometry,
-                                                    at::ScalarType dtype) {
+                                                    at::ScalarType dtype, bool mapped) {
   TORCH_CHECK(x.size() == 4 && weight.size() == 4, kOp, ": expected sizes of 4 dimensions, got ", x, " and ",
               weight);
   check_geometry(geometry);
@@ -257,15 +258,17 @@ std::pair<Conv2dDirection, Conv2dParams> named_call(c10::string_view direction, 
   const Conv2dDirection which = direction == "forward"      ? Conv2dDirection::kForward
                                 : direction == "input_grad" ? Conv2dDirection::kInputGrad
                                                             : Conv2dDirection::kWeightGrad;
-  return {which, make_params(at::empty({0}, dtype), x, weight, geometry)};
+  Conv2dParams p = make_params(at::empty({0}, dtype), x, weight, geometry);
+  p.in_relu = mapped;
+  return {which, p};
 }
 
 // The name of the algorithm that a CPU would take.
 std::string conv2d_algorithm(c10::string_view direction, at::IntArrayRef input_size,
                              at::IntArrayRef weight_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                             at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype) {
+                             at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype, bool mapped) {
   const auto [which, p] =
-      named_call(direction, input_size, weight_size, {stride, padding, dilation, groups}, dtype);
+      named_call(direction, input_size, weight_size, {stride, padding, dilation, groups}, dtype, mapped);
   return cpu::conv2d_algorithm_name(cpu::conv2d_choose(which, p));
 }
 
@@ -273,10 +276,10 @@ std::string conv2d_algorithm(c10::string_view direction, at::IntArrayRef input_s
 // The kernel that a GPU would take, in words.
 std::string conv2d_cuda_kernel(c10::string_view direction, at::IntArrayRef input_size,
                                at::IntArrayRef weight_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                               at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype) {
+                               at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype, bool mapped) {
   using namespace cuda::conv2d;
   auto [which, p] =
-      named_call(direction, input_size, weight_size, {stride, padding, dilation, groups}, dtype);
+      named_call(direction, input_size, weight_size, {stride, padding, dilation, groups}, dtype, mapped);
   p.allow_tf32 = at::globalContext().allowTF32CuDNN();
   p.dweight = &p;  // wanted
   return describe(plan(which, p, Forced::from_environment()));
@@ -314,13 +317,13 @@ TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
 #if defined(CUDA_CNN_WITH_CUDA) || defined(CUDA_CNN_EMULATED)
   library.def(
       "conv2d_cuda_kernel(str direction, int[] input_size, int[] weight_size, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, ScalarType dtype) -> str",
+      "int[2] dilation, int groups, ScalarType dtype, bool mapped=False) -> str",
       &conv2d_cuda_kernel);
 #endif
 #if !defined(CUDA_CNN_EMULATED)
   library.def(
       "conv2d_algorithm(str direction, int[] input_size, int[] weight_size, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, ScalarType dtype) -> str",
+      "int[2] dilation, int groups, ScalarType dtype, bool mapped=False) -> str",
       &conv2d_algorithm);
   library.def("conv2d_set_algorithm(str name) -> bool", &conv2d_set_algorithm);
   library.def("conv2d_allow_winograd(bool allowed) -> ()", &conv2d_allow_winograd);

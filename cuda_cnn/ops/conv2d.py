@@ -89,12 +89,16 @@ def algorithm(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    mapped: bool = False,
 ) -> str:
     """The algorithm that a CPU takes for "forward", "input_grad" or "weight_grad" of these sizes, or the kernel of a
-    build with CUDA: "few_channels", "product 128x64, async, tensor cores"."""
+    build with CUDA: "few_channels", "product 128x64, async, tensor cores".
+
+    mapped: with the map of conv2d_fused on the load."""
     operators = torch.ops.cuda_cnn
     choose = operators.conv2d_cuda_kernel if device == "cuda" else operators.conv2d_algorithm
-    return choose(direction, list(input_shape), list(weight_shape), stride, padding, dilation, groups, dtype)
+    sizes = list(input_shape), list(weight_shape)
+    return choose(direction, *sizes, stride, padding, dilation, groups, dtype, mapped)
 
 
 def _whole_numbers(name: str, values: Sequence[Any]) -> list[int]:
