@@ -63,8 +63,11 @@ def test_compile_and_export_of_a_fused_network_see_its_own_forward():
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     close(gradients(ours, batch(), compiled), gradients(model, batch()))
     program = torch.export.export(ours.eval(), (batch(),))
-    assert any("cuda_cnn.conv2d" in str(node.target) for node in program.graph.nodes)
     close(program.module()(batch()), model.eval()(batch()))
+    # The program of the network that is not fused, which the next test hands to AOTInductor.
+    converted = torch.export.export(cuda_cnn.unfuse(copy.deepcopy(ours)), (batch(),))
+    assert "cuda_cnn.conv2d.default" in program.graph_module.code
+    assert program.graph_module.code == converted.graph_module.code
 
 
 def test_export_and_aot_inductor(tmp_path):
@@ -116,6 +119,25 @@ def test_autocast_with_scaler(dtype, form):
         results.append([y.detach().float(), *(p.detach() for p in module.parameters())])
         assert scaler.get_scale() == 64.0
     close(*results, tolerance=3e-2)
+
+
+@forms
+def test_a_scaler_skips_the_step_whose_gradients_overflow(form):
+    """Whatever the layers do in float16, an infinity on the way back must reach the parameters as one."""
+    for module in pair(form):
+        optimiser, scaler = (
+            torch.optim.SGD(module.parameters(), lr=0.1),
+            torch.amp.GradScaler("cpu", init_scale=2.0**40),
+        )
+        before = copy.deepcopy(list(module.parameters()))
+        with torch.autocast("cpu", torch.float16):
+            y = module(batch())
+        scaler.scale(y.float().square().mean()).backward()
+        assert not all(p.grad.isfinite().all() for p in module[0].parameters())
+        scaler.step(optimiser)
+        scaler.update()
+        assert scaler.get_scale() == 2.0**39
+        assert all(map(torch.equal, module.parameters(), before))
 
 
 @forms
