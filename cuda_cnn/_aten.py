@@ -137,15 +137,17 @@ def taps_of(
 
     index = i·width + j, with i = p·stride − padding + r·dilation and j alike."""
     row = torch.div(indices, width, rounding_mode="floor")
-    column = indices - row * width
-    tap = 0
-    for axis, cell in ((0, row), (1, column)):
-        count = indices.shape[axis - 2]
-        first = torch.arange(count, device=indices.device) * stride[axis] - padding[axis]
-        offset = cell - (first[:, None] if axis == 0 else first)
-        if dilation[axis] != 1:
-            offset = torch.div(offset, dilation[axis], rounding_mode="floor")
-        tap = tap * kernel_size[1] + offset if axis else offset
+    top, left = (
+        torch.arange(indices.shape[axis - 2], device=indices.device) * stride[axis] - padding[axis]
+        for axis in (0, 1)
+    )
+    top, taps_a_row = top[:, None], kernel_size[1]
+    if dilation == (1, 1):  # linear in the index
+        tap = torch.sub(indices, row, alpha=width - taps_a_row).sub_(top * taps_a_row + left)
+    else:
+        r = torch.div(row - top, dilation[0], rounding_mode="floor")
+        s = torch.div(indices - row * width - left, dilation[1], rounding_mode="floor")
+        tap = r * taps_a_row + s
     wide = kernel_size[0] * kernel_size[1] > MAX_BYTE_TAPS
     return tap.to(torch.int32 if wide else torch.uint8)
 
