@@ -29,6 +29,11 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
         flat = tensor.new_full((tensor.numel() + 1,), float("nan"))
         flat[1:] = tensor.flatten()
         return flat[1:].view(tensor.shape)
+    if layout == "slice":  # of a wider tensor's channels, channels_last, from an odd one on
+        n, c, *plane = tensor.shape
+        wide = tensor.new_full((n, c + 2, *plane), float("nan")).contiguous(memory_format=torch.channels_last)
+        wide[:, 1:-1] = tensor
+        return wide[:, 1:-1]
     raise ValueError(layout)
 
 

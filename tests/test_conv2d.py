@@ -89,6 +89,14 @@ def test_whole_numbers_are_exact(device, case, dtype):
         check_bitwise(case, dtype, "channels_last", device)
 
 
+@pytest.mark.parametrize("case", ["1x1 stride 2", "groups of 8", "depthwise", "lenet c1"])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed", "offset", "slice"])
+def test_layouts_and_misaligned_addresses(device, case, layout):
+    with backends.flags(winograd=False):
+        for dtype in DTYPES:
+            check_bitwise(case, dtype, layout, device)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_whole_numbers_are_exact_in_every_instruction_set_and_layout(isa, case):
     with backends.flags(winograd=False):

@@ -122,6 +122,7 @@ def test_few_channels(planner, direction):
     def method(sizes, dtype, **options):
         return plan(planner, direction, dtype, sizes, **options).method
 
+    # LeNet-5's. The 16 to 120 channels of c5, with one output a plane, are a matrix product.
     c1, c3, c5 = (Sizes(256, c, n, n, k, 5, 5) for c, n, k in ((1, 32, 6), (6, 14, 16), (16, 5, 120)))
     for dtype in BYTES:
         assert method(c1, dtype) == method(c3, dtype) == FEW_CHANNELS and method(c5, dtype) == PRODUCT

@@ -22,7 +22,6 @@ CASES = {
 }
 VARIANTS = [("128x128", "async"), ("128x64", "async"), ("64x64", "async")]
 VARIANTS += [("", load) for load in ("mapped", "scalar", "rearranged")]
-KERNELS = ["direct", "few_channels", "product"]
 FEW = {
     "lenet c3": ((2, 6, 9, 10), (16, 6, 5, 5), (1, 0, 1, 1)),
     "eight channels": ((1, 8, 9, 10), (9, 8, 3, 4), ((2, 3), (1, 2), 1, 1)),
@@ -32,6 +31,9 @@ FEW = {
         + ("stride and dilation share a factor", "stride and dilation do not")
     },
 }
+# The cases that a kernel of its own takes, which the others can take too.
+KERNELS = [(case, kernel) for case in FEW for kernel in ("direct", "few_channels", "product")]
+KERNELS += [("depthwise", kernel) for kernel in ("direct", "depthwise", "product")]
 DEVICES = ["cuda_emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 CHANNELS_LAST = torch.channels_last
 
@@ -93,11 +95,9 @@ def test_every_variant_is_exact(monkeypatch, where, dtype, case, variant):
 
 
 @pytest.mark.parametrize("where", DEVICES)
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("case,kernel", KERNELS)
 def test_every_kernel_is_exact(monkeypatch, where, dtype, case, kernel):
-    """All of them can take these cases; few_channels is what they would get."""
-    monkeypatch.setitem(CASES, case, FEW[case])
+    monkeypatch.setitem(CASES, case, FEW.get(case) or GEOMETRIES[case])
     monkeypatch.setenv("CUDA_CNN_CONV2D_KERNEL", kernel)
     actual = run(case, dtype, "cuda" if where == "cuda" else "cpu", races=True, bounds=True)
     for name, a, e in zip(("y", "dx", "dweight"), actual, expected(case, dtype), strict=True):
@@ -118,8 +118,12 @@ def test_kernels_in_words(monkeypatch):
     assert words(64, 64, 3, torch.bfloat16) == "product 128x64, async, tensor cores"
     assert words(3, 64, 7, torch.bfloat16) == "product 128x64, rearranged, tensor cores"
     assert words(64, 64, 3, torch.float64) == "product 64x64, scalar"
-    monkeypatch.setenv("CUDA_CNN_CONV2D_KERNEL", "direct")
-    assert words(64, 64, 3, torch.bfloat16) == "direct"
+    for case, kernel in KERNELS:  # each takes what it is told to take
+        monkeypatch.setenv("CUDA_CNN_CONV2D_KERNEL", kernel)
+        x, weight, (stride, padding, dilation, groups) = FEW.get(case) or GEOMETRIES[case]
+        pairs = [[n, n] if isinstance(n, int) else list(n) for n in (stride, padding, dilation)]
+        for direction in ("forward", "input_grad", "weight_grad"):
+            assert name(direction, x, weight, *pairs, groups, torch.float32).startswith(kernel)
 
 
 @pytest.mark.parametrize("case", CASES)

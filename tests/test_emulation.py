@@ -3,16 +3,18 @@
 import contextlib
 import ctypes
 import itertools
+import os
 import re
 import shutil
 import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from emulation import LANDINGS, SCHEDULES, Engine, Unavailable, emulated, torch_engine
-from emulation.build import HERE, KERNELS, build
+from emulation.build import HERE, KERNELS, build, sanitizer_runtime
 
 # In the order of enum class Bug in emulation/kernels/planted.cu.
 BUGS = [
@@ -20,7 +22,7 @@ BUGS = [
     *("loader off by one", "shared out of bounds", "unwritten rows", "divergent barrier", "incomplete warp"),
     *("misaligned copy", "unrounded", "plain global out of bounds", "plain shared out of bounds"),
     *("shuffle as fence", "early exit", "atomics", "warp barrier for block"),
-    *("overlapping blocks", "reads other block"),
+    *("overlapping blocks", "reads other block", "register out of bounds", "host table out of bounds"),
 ]
 CHECKED = {"races": True, "bounds": True}
 EVERY_ORDER = [
@@ -227,6 +229,52 @@ def test_atomics_differ_with_the_order(kernels):
         with kernels.engine.options(**order):
             results.add(tuple(kernels.row_sums("atomics")[0].tolist()))
     assert len(results) > 1
+
+
+# ---- Mistakes that the sanitizers report -------------------------------------------------------------------
+
+SANITIZED = """
+import ctypes, sys
+library, bug, columns = ctypes.CDLL(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+for _ in range(2):  # stacks are used again
+    sums, x = (ctypes.c_float * 4)(), (ctypes.c_float * (4 * columns))()
+    assert library.run_row_sums(bug, sums, x, 4, columns)
+    d, a, b = (ctypes.c_float * (100 * 72))(), (ctypes.c_uint16 * (100 * 136))(), (ctypes.c_uint16 * (72 * 136))()
+    assert library.run_gemm(bug, d, a, b, 100, 72, 136)
+"""
+
+
+@pytest.mark.parametrize(
+    "bug,columns,expected",
+    [
+        ("none", 200, None),
+        ("plain global out of bounds", 200, "AddressSanitizer: heap-buffer-overflow"),
+        ("plain shared out of bounds", 200, "AddressSanitizer: use-after-poison"),
+        ("loader off by one", 200, "AddressSanitizer: heap-buffer-overflow"),
+        (
+            "register out of bounds",
+            200,
+            "stack-buffer-overflow|insufficient space for an object of type 'float'",
+        ),
+        ("host table out of bounds", 300, "global-buffer-overflow|index 2 out of bounds for type 'int"),
+    ],
+)
+def test_sanitizers_report(bug, columns, expected):
+    """The same kernels and engine under AddressSanitizer and UBSan, as .ci/steps/50-asan runs the operators'."""
+    try:
+        library = build("planted", KERNELS, sanitize=True)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    environment = {**os.environ, "LD_PRELOAD": sanitizer_runtime(), "PYTHONMALLOC": "malloc"}
+    environment["ASAN_OPTIONS"] = "detect_leaks=0"
+    command = [sys.executable, "-c", SANITIZED, library, str(BUGS.index(bug)), str(columns)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if expected is None:
+        assert result.returncode == 0 and "Sanitizer" not in result.stderr, result.stderr
+    else:
+        assert re.search(
+            rf"planted\.cu:\d+.*({expected})|({expected})(.|\n)*planted\.cu:\d+", result.stderr
+        ), result.stderr
 
 
 # ---- Counters ----------------------------------------------------------------------------------------------

@@ -23,6 +23,14 @@ FLAGS = {
     "kernel": "-x c++ -O1 -fsanitize=thread -fno-tree-sra -ftrivial-auto-var-init=pattern",
     "torch": "-O1 -fvisibility=default",
 }
+# CUDA_CNN_SANITIZE=1: AddressSanitizer and UBSan in place of our own hooks. They see what our ranges of whole tensors
+# do not: local arrays (registers), tables on the host, freed memory, shifts and overflows of index arithmetic.
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
+SANITIZED = {
+    "engine": f"-O2 {SANITIZERS}",
+    "kernel": f"-x c++ -O1 -ftrivial-auto-var-init=pattern -fno-omit-frame-pointer {SANITIZERS}",
+    "torch": FLAGS["torch"],
+}
 RULES = """
 rule compile
   command = {compiler} -MMD -MF $out.d {common} $flags -c $in -o $out
@@ -61,9 +69,25 @@ def ninja() -> str:
     return found
 
 
-def build(name: str, kernels: list[Path], torch_sources: list[Path] = (), flags: str = "") -> Path:
+def sanitizer_runtime() -> str:
+    """For LD_PRELOAD, where a sanitized library is loaded into a Python that is not."""
+    names = ["libasan.so", "libubsan.so", "libstdc++.so"]
+    command = [*compiler().split(), "-print-file-name="]
+    return ":".join(
+        subprocess.check_output([*command[:-1], command[-1] + name], text=True).strip() for name in names
+    )
+
+
+def build(
+    name: str,
+    kernels: list[Path],
+    torch_sources: list[Path] = (),
+    flags: str = "",
+    sanitize: bool = os.environ.get("CUDA_CNN_SANITIZE") == "1",
+) -> Path:
     """The shared library <name>.so of the engine, the kernels, and the sources that see tensors."""
     ninja()
+    name += "-sanitized" * sanitize
     folder = OUTPUT / name
     folder.mkdir(parents=True, exist_ok=True)
     sources = [(path, "engine") for path in sorted((HERE / "engine").glob("*.cpp"))]
@@ -71,7 +95,7 @@ def build(name: str, kernels: list[Path], torch_sources: list[Path] = (), flags:
     library = folder / f"{name}.so"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text(_ninja_file(library, sources, flags))
+        (folder / "build.ninja").write_text(_ninja_file(library, sources, flags, sanitize))
         jobs = os.environ.get("MAX_JOBS", "2")
         command = [ninja(), "--quiet", "-C", folder, "-j", jobs]
         # ninja keeps the lock, should this process be killed before it.
@@ -81,7 +105,7 @@ def build(name: str, kernels: list[Path], torch_sources: list[Path] = (), flags:
     return library
 
 
-def _ninja_file(library: Path, sources: list[tuple[Path, str]], flags: str) -> str:
+def _ninja_file(library: Path, sources: list[tuple[Path, str]], flags: str, sanitize: bool) -> str:
     with_torch = any(kind == "torch" for _, kind in sources)
     text = RULES.format(
         compiler=compiler(), common=" ".join([_cpu_flags(), COMMON, flags, *(f"-I{p}" for p in INCLUDES)])
@@ -89,10 +113,10 @@ def _ninja_file(library: Path, sources: list[tuple[Path, str]], flags: str) -> s
     objects = []
     for path, kind in sources:
         objects.append("_".join([kind, *path.relative_to(ROOT).with_suffix(".o").parts[1:]]))
-        own = FLAGS[kind] + (" " + _torch_flags() if kind == "torch" else "")
+        own = (SANITIZED if sanitize else FLAGS)[kind] + (" " + _torch_flags() if kind == "torch" else "")
         text += f"build {objects[-1]}: compile {path}\n  flags = {own}\n"
     text += f"build {library.name}: link {' '.join(objects)}\n"
-    return text + f"  flags = {_torch_link_flags() if with_torch else ''}\n"
+    return text + f"  flags = {_torch_link_flags() if with_torch else ''} {SANITIZERS if sanitize else ''}\n"
 
 
 def _cpu_flags() -> str:

@@ -21,8 +21,8 @@ constexpr int64_t kMaxReduction = int64_t{1} << 30;
 constexpr int64_t kMaxStrides = 1024;      // every phase has weights of its own
 constexpr int64_t kMaxDepthwiseTaps = 64;  // they lie in shared memory
 // On tensor cores a product computes 8 times the multiply-adds a clock, for 64 outputs and packs of 8 inputs:
-// as fast as few_channels.cu at C*K = 8*64/8. Up to LeNet's 6 to 16 the latter still saves the packing's
-// launch.
+// as fast as few_channels.cu at C*K = 8*64/8. Up to LeNet's 6 to 16 (c3) the latter still saves the packing's
+// launch; its 16 to 120 (c5, one output a plane) are a matrix product of any dtype.
 constexpr int64_t kFewProducts = 96;
 // Zeros that rearranging may add, as a multiple of the real channels: a stem's 3 become 8 of 16 bits.
 constexpr int64_t kMaxPadding = 3;

@@ -9,9 +9,25 @@
 #include <ucontext.h>
 #endif
 
+// With AddressSanitizer (CUDA_CNN_SANITIZE=1) the stacks are made known to it.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define CUDA_CNN_ADDRESS_SANITIZER 1
+#else
+#define CUDA_CNN_ADDRESS_SANITIZER 0
+#define __asan_poison_memory_region(begin, bytes)
+#define __asan_unpoison_memory_region(begin, bytes)
+#endif
+
 namespace cuda_cnn::emulation {
 
 struct FiberContext {
+#if CUDA_CNN_ADDRESS_SANITIZER
+  void* stack = nullptr;
+  size_t stack_bytes = 0;
+  void* kept = nullptr;
+#endif
 #if defined(CUDA_CNN_SWITCH_BY_HAND)
   void* stack_pointer = nullptr;
 #else
@@ -19,7 +35,12 @@ struct FiberContext {
 #endif
 };
 
-// Prepares a context that starts in entry() on the given stack; entry never returns.
+// Before the first switch away from a thread's own stack: its context.
+void prepare_main(FiberContext& context);
+
+// Prepares a context that starts in entry() on the given stack; entry never returns, and calls started()
+// first.
+void started();
 void prepare(FiberContext& context, char* stack, size_t stack_bytes, void (*entry)());
 
 // Saves the running context in `from` and continues `to`.

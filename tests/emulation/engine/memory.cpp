@@ -69,6 +69,12 @@ void memory_access(const void* pointer, uint32_t bytes, Access access, const Sit
   }
 }
 
+}  // namespace cuda_cnn::emulation
+
+#if !CUDA_CNN_ADDRESS_SANITIZER  // which sees every access itself
+
+namespace cuda_cnn::emulation {
+
 namespace {
 
 // Registers that live on a fiber's stack, and the kernel's arguments, are no memory to a kernel.
@@ -121,3 +127,5 @@ void __tsan_write_range(void* p, size_t bytes) {
   bytewise_access(p, bytes, Access::kWrite, __builtin_return_address(0));
 }
 }
+
+#endif

@@ -30,7 +30,7 @@ uint32_t random_number() {
 
 namespace {
 
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = (CUDA_CNN_ADDRESS_SANITIZER ? 256 : 64) * 1024;  // it widens frames
 
 int lowest(uint32_t bits) { return __builtin_ctz(bits); }
 int highest(uint32_t bits) { return 31 - __builtin_clz(bits); }
@@ -191,6 +191,7 @@ void exit_current() {
 }
 
 void run_fiber() {
+  started();
   block.launch->run_thread(block.launch->arguments);
   exit_current();
 }
@@ -208,7 +209,9 @@ void start_fiber(int id) {
   fiber.warp->live |= 1u << fiber.lane;
   // Stacks at equal offsets would share a few cache sets.
   const size_t skew = id % 8 * 192;
-  prepare(fiber.context, block.stacks + id * kStackBytes, kStackBytes - skew, run_fiber);
+  char* stack = block.stacks + id * kStackBytes;
+  __asan_unpoison_memory_region(stack, kStackBytes);  // what the last one left
+  prepare(fiber.context, stack, kStackBytes - skew, run_fiber);
   make_ready(fiber);
 }
 
@@ -219,7 +222,10 @@ void run_block(const Dim3& index) {
   block.ready_warps = 0;
   block.random_state =
       0x9e3779b97f4a7c15u * (options.seed + 1) ^ (index.x + 1 + 104729u * (index.y + 7919u * index.z));
+  __asan_unpoison_memory_region(block.shared, kSharedLimit);
   std::memset(block.shared, kPoison, block.launch->shared_bytes);
+  __asan_poison_memory_region(block.shared + block.launch->shared_bytes,
+                              kSharedLimit - block.launch->shared_bytes);
   for (size_t i = 0; i < block.warps.size(); ++i) {
     Warp& warp = block.warps[i];
     warp.id = static_cast<int>(i);
@@ -230,6 +236,7 @@ void run_block(const Dim3& index) {
   if (options.races) shadow_start_block();
   for (int id = 0; id < block.threads; ++id) start_fiber(id);
   current = pick();
+  prepare_main(block.main_context);
   switch_context(block.main_context, current->context);
   current = nullptr;
   if (options.counters) count_finish_block();

@@ -33,6 +33,8 @@ enum class Bug : int {
   kWarpBarrierForBlock,
   kOverlappingBlocks,
   kReadsOtherBlock,
+  kRegisterOutOfBounds,  // from here on what only AddressSanitizer sees
+  kHostTableOutOfBounds,
 };
 
 // ---- D = A · Bᵀ: A [m][depth], B [n][depth] bfloat16, D [m][n] float; one 64 x 64 tile a block ----
@@ -141,9 +143,14 @@ template <Bug kBug>
 __global__ void row_sums(const float* x, float* sums, int columns) {
   SumShared& shared = shared_storage<SumShared>();
   const int self = threadIdx.x;
-  float sum = 0.f;
+  float sum = 0.f, held[2] = {};
   for (int i = self; i < columns + (kBug == Bug::kPlainGlobalOutOfBounds); i += kSumThreads) {
     sum += x[int64_t{blockIdx.x} * columns + i];
+  }
+  if (kBug == Bug::kRegisterOutOfBounds) {
+    float* register_file = held;
+    register_file[self / 32] = sum;
+    sum = register_file[self / 32];
   }
   if (kBug == Bug::kAtomics) {
     atomicAdd(&sums[blockIdx.x], sum);
@@ -200,7 +207,7 @@ bool succeeds(Launcher launcher) {
 // Calls fn with the bug as a constant.
 template <int kFirst = 0, class Fn>
 void with_bug(int bug, Fn fn) {
-  if constexpr (kFirst <= static_cast<int>(Bug::kReadsOtherBlock)) {
+  if constexpr (kFirst <= static_cast<int>(Bug::kHostTableOutOfBounds)) {
     if (bug != kFirst) return with_bug<kFirst + 1>(bug, fn);
     fn(std::integral_constant<Bug, static_cast<Bug>(kFirst)>{});
   }
@@ -223,7 +230,10 @@ EXPORT run_gemm(int bug, float* d, const BFloat16* a, const BFloat16* b, int m, 
 }
 
 EXPORT run_row_sums(int bug, float* sums, const float* x, int rows, int columns) {
+  static const volatile int lengths[2] = {100, 200};
   return succeeds([&] {
+    for (int i = 0; bug == static_cast<int>(Bug::kHostTableOutOfBounds) && lengths[i] != columns; ++i) {
+    }
     with_bug(bug, [&](auto constant) {
       launch(row_sums<constant.value>, rows, kSumThreads, sizeof(SumShared), nullptr, x, sums, columns);
     });
