@@ -1,5 +1,6 @@
 #include "ops/conv2d.h"
 
+#include "ops/allocate.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"
 
@@ -118,7 +119,7 @@ Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayR
 at::Tensor dense_nhwc(const at::Tensor& t) {
   if (t.is_contiguous(at::MemoryFormat::ChannelsLast)) return t;
   if (!t.is_contiguous()) return t.contiguous(at::MemoryFormat::ChannelsLast);
-  at::Tensor out = at::empty(t.sizes(), t.options().memory_format(at::MemoryFormat::ChannelsLast));
+  at::Tensor out = empty_result(t.sizes(), t.options().memory_format(at::MemoryFormat::ChannelsLast));
   if (!transpose_layout(t, out, t.size(1), t.size(2) * t.size(3))) out.copy_(t);
   return out;
 }
@@ -136,13 +137,13 @@ at::Tensor to_nhwc(const at::Tensor& t, int64_t* pixel) {
 
 at::Tensor empty_nhwc(at::IntArrayRef size, const at::TensorOptions& options, bool channels_last) {
   const bool both = size[0] * size[1] == 0 || size[1] == 1 || size[2] * size[3] <= 1;
-  return at::empty(size, options.memory_format(channels_last || !both ? at::MemoryFormat::ChannelsLast
-                                                                      : at::MemoryFormat::Contiguous));
+  return empty_result(size, options.memory_format(channels_last || !both ? at::MemoryFormat::ChannelsLast
+                                                                         : at::MemoryFormat::Contiguous));
 }
 
 at::Tensor in_format(const at::Tensor& nhwc, bool channels_last) {
   if (channels_last || nhwc.is_contiguous()) return nhwc;
-  at::Tensor out = at::empty(nhwc.sizes(), nhwc.options());
+  at::Tensor out = empty_result(nhwc.sizes(), nhwc.options());
   if (!transpose_layout(nhwc, out, nhwc.size(2) * nhwc.size(3), nhwc.size(1))) out.copy_(nhwc);
   return out;
 }

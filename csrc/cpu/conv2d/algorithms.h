@@ -24,6 +24,10 @@ void input_grad_gemm(const Conv2dParams& p);
 template <class T>
 void weight_grad_gemm(const Conv2dParams& p);
 
+// conv2d/few_channels.cpp: input_grad_gemm's for one group of less than a vector of channels.
+template <class T>
+void input_grad_few_channels(const Conv2dParams& p);
+
 // conv2d/passes.cpp, winograd_weight_grad.cpp: 3x3 or 5x5 taps, stride 1, float32.
 void forward_winograd(const Conv2dParams& p);
 void input_grad_winograd(const Conv2dParams& p);

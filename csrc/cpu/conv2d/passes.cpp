@@ -67,70 +67,6 @@ Scatter<T> phase_scatter(const Conv2dParams& p, const Conv2dPhase& h, const Conv
   return {static_cast<T*>(p.dx), p.H, p.W, p.x_pixel, h.first, w.first, p.stride_h, p.stride_w};
 }
 
-// With few channels (a network's first layer) the phases of a row are computed together, as the channels of
-// one pixel `stride_w` pixels wide: its columns (pixel, channel) fill the vectors that `C` of them would not.
-// Its taps are those of all phases: offsets first .. first + count - 1 in dy.
-struct WidePixel {
-  int64_t first, count;
-};
-
-WidePixel wide_pixel(const Conv2dParams& p) {
-  int64_t first = p.Q, last = -p.S;
-  for (int64_t b = 0; b < p.stride_w; ++b) {
-    const Conv2dPhase w = conv2d_phase(b, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
-    if (w.taps == 0) continue;
-    first = min64(first, w.base - (w.taps - 1) * w.dy_step);
-    last = max64(last, w.base);
-  }
-  return {first, last - first + 1};
-}
-
-// Wide pixels of a row; 0 where vectors of single ones are fewer.
-template <class T>
-int64_t wide_pixels(const Conv2dParams& p) {
-  if (p.groups != 1 || p.x_pixel != p.C || p.stride_w == 1) return 0;
-  const WidePixel wide = wide_pixel(p);
-  const int64_t wide_vectors = ceil_div(p.C * p.stride_w, kLanes<T>) * wide.count;
-  return wide.count > 0 && wide_vectors < ceil_div(p.C, kLanes<T>) * p.S ? p.W / p.stride_w : 0;
-}
-
-// The filters' panels [tap, offset, output channel][kTileColumns] of wide pixels.
-template <class T>
-void pack_wide_filters(const Conv2dParams& p, const Conv2dPhase& h, const WidePixel& wide,
-                       Accumulator<T>* panels) {
-  using Acc = Accumulator<T>;
-  const int64_t depth = h.taps * wide.count * p.K;
-  for (int64_t column = 0; column < p.stride_w * p.C; ++column) {
-    const Conv2dPhase w = conv2d_phase(column / p.C, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
-    Acc* to = panels + column / kTileColumns<Acc> * depth * kTileColumns<Acc> + column % kTileColumns<Acc>;
-    for (int64_t r = h.taps - 1; r >= 0; --r) {
-      for (int64_t offset = wide.first; offset < wide.first + wide.count; ++offset) {
-        const int64_t tap = (w.base - offset) / w.dy_step;
-        const bool reached = offset <= w.base && tap < w.taps && tap * w.dy_step == w.base - offset;
-        const int64_t at = (h.tap + r * h.tap_step) * p.S + w.tap + tap * w.tap_step;
-        const T* from = static_cast<const T*>(p.weight) + at * p.C + column % p.C;
-        for (int64_t k = 0; k < p.K; ++k, to += kTileColumns<Acc>) {
-          *to = reached ? widen(from[k * p.R * p.S * p.C]) : Acc{};
-        }
-      }
-    }
-  }
-}
-
-// The rows of phase h, pixels [0, count * stride_w) of them.
-template <class T>
-void correlate_wide(const Conv2dParams& p, const Conv2dPhase& h, int64_t count) {
-  using Acc = Accumulator<T>;
-  const WidePixel wide = wide_pixel(p);
-  const int64_t columns = p.stride_w * p.C;
-  const int64_t size = ceil_div(columns, kTileColumns<Acc>) * kTileColumns<Acc> * h.taps * wide.count * p.K;
-  Acc* panels = workspace<Acc>(Workspace::kShared, size);
-  for (int64_t i = 0; i < size; ++i) panels[i] = 0;
-  pack_wide_filters<T>(p, h, wide, panels);
-  const Conv2dPhase w{0, count, 0, 0, wide.count, wide.first + wide.count - 1, 1};
-  correlate(phase_gather<T>(p, h, w), phase_scatter<T>(p, h, w), panels, p.N, 1, columns);
-}
-
 // Pixels of a phase that no tap reaches.
 template <class T>
 void zero_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& w) {
@@ -159,15 +95,11 @@ void forward_winograd(const Conv2dParams& p) {
 
 template <class T>
 void input_grad_gemm(const Conv2dParams& p) {
-  const int64_t wide = wide_pixels<T>(p);
+  if (p.groups == 1 && p.C < kLanes<T>) return input_grad_few_channels<T>(p);
   for (int64_t a = 0; a < min64(p.stride_h, p.H); ++a) {
     const Conv2dPhase h = conv2d_phase(a, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
-    const int64_t done = h.taps == 0 ? 0 : wide;
-    if (done > 0) correlate_wide<T>(p, h, done);
     for (int64_t b = 0; b < min64(p.stride_w, p.W); ++b) {
-      Conv2dPhase w = conv2d_phase(b, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
-      w.first += done * p.stride_w, w.base += done, w.count -= done;
-      if (w.count == 0) continue;
+      const Conv2dPhase w = conv2d_phase(b, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
       if (h.taps == 0 || w.taps == 0) {
         zero_phase<T>(p, h, w);
       } else {
