@@ -79,8 +79,9 @@ def speed(document: dict[str, Any]) -> str:
     lines = [
         f"Measured on {head['machine']}, {head['threads']} threads, {head['instruction_set']}, torch {head['torch']} "
         f"({head['onednn']}), channels_last, batch {document['rows'][0]['batch'] if document['rows'] else 4}.",
-        "Times torch's: above 1 this library is faster; geometric mean over the network's distinct layers, in",
-        "brackets how many of them are slower than torch's.",
+        "Times the rival's speed: above 1 this library is faster; geometric mean over the distinct layers of every",
+        "network, in brackets how many of them are slower. Network by network, and every loss:",
+        "[docs/measured.md](docs/measured.md).",
         *(
             []
             if document["complete"]
@@ -96,21 +97,17 @@ def speed(document: dict[str, Any]) -> str:
 
 def _speed_table(rows: list[dict]) -> list[str]:
     rows = [row for row in rows if row["ratios"] and row["pass"] in PASSES]
-    by = ("op", "network", "dtype", "pass")
     means = {
-        (*g, rival): (mean, slower, n) for g, rival, mean, _, n, slower in report.geometric_means(rows, by)
+        (*group, rival): f"{mean:.2f} ({slower} of {count})"
+        for group, rival, mean, _, count, slower in report.geometric_means(rows, ("op", "dtype", "pass"))
     }
-    titles = dict.fromkeys((op, network, dtype, rival) for op, network, dtype, _, rival in means)
     lines = [
-        f"| operator | layers of | dtype | rival | {' | '.join(PASSES.values())} |",
-        "|---|---|---|---|" + "---|" * len(PASSES),
+        f"| operator | dtype | rival | {' | '.join(PASSES.values())} |",
+        "|---|---|---|" + "---|" * len(PASSES),
     ]
-    for op, network, dtype, rival in titles:
-        cells = []
-        for direction in PASSES:
-            mean, slower, count = means.get((op, network, dtype, direction, rival), (None, 0, 0))
-            cells.append("" if mean is None else f"{mean:.2f} ({slower} of {count})")
-        lines.append(f"| `{op}` | {network} | {dtype} | {rival} | {' | '.join(cells)} |")
+    for op, dtype, rival in dict.fromkeys((op, dtype, rival) for op, dtype, _, rival in means):
+        cells = [means.get((op, dtype, direction, rival), "") for direction in PASSES]
+        lines.append(f"| `{op}` | {dtype} | {rival} | {' | '.join(cells)} |")
     return lines
 
 
