@@ -6,8 +6,8 @@ from helpers import DTYPES, assert_accurate, assert_bitwise, integers, lay_out, 
 from test_conv2d import CASES
 from torch.autograd import gradcheck, gradgradcheck
 
+from cuda_cnn import _C, reference
 from cuda_cnn import functional as F
-from cuda_cnn import reference
 from cuda_cnn.ops.conv2d_norm import conv2d_norm
 
 # Geometries at large are test_conv2d's; here one of each way through the kernels.
@@ -261,6 +261,49 @@ def test_bits_do_not_depend_on_the_threads():
     for other in results[1:]:
         for value, expected in zip(other, results[0], strict=True):
             assert_bitwise(value, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_packed_weights_give_the_same_bits(case, dtype):
+    """On every instruction set; what another one has packed is passed over."""
+    tensors, (in_relu, out_relu), geometry = make(case, reals, dtype, (True, True, True, True))
+    x, weight, bias, scale, shift, added = tensors
+    ops, before, packed = torch.ops.cuda_cnn, _C.cpu_isa(), []
+    try:
+        for isa in _C.cpu_isas():
+            _C.set_cpu_isa(isa)
+            packed.append(ops.conv2d_pack(weight, geometry[-1]))
+            options = (in_relu, added, out_relu, False, *geometry)
+            expected = F.conv2d_fused(x, weight, bias, scale, shift, *options)[0]
+            for other in packed:
+                arguments = (x, weight, other, bias, scale, shift, in_relu, added, out_relu)
+                assert_bitwise(ops.conv2d_packed(*arguments, *geometry), expected)
+            if weight.numel():
+                values = packed[-1].to(dtype).flatten()
+                assert values.count_nonzero() == weight.count_nonzero()
+    finally:
+        _C.set_cpu_isa(before)
+
+
+def test_bad_packed_weights():
+    ops, weight = torch.ops.cuda_cnn, torch.randn(4, 3, 3, 3)
+    rest = (None, None, None, False, None, False, [1, 1], [0, 0], [1, 1], 1)
+    packed = ops.conv2d_pack(weight, 1)
+    with pytest.raises(
+        RuntimeError, match="conv2d_packed: expected conv2d_pack's result for a weight of shape"
+    ):
+        ops.conv2d_packed(torch.randn(2, 3, 5, 5), weight, packed[:, 1:], *rest)
+    with pytest.raises(
+        RuntimeError, match="conv2d_packed: expected conv2d_pack's result for a weight of shape"
+    ):
+        ops.conv2d_packed(torch.randn(2, 3, 5, 5), weight, packed.double(), *rest)
+    with pytest.raises(RuntimeError, match="conv2d_packed: expected packed of 3 dimensions"):
+        ops.conv2d_packed(torch.randn(2, 3, 5, 5), weight, packed[0], *rest)
+    with pytest.raises(
+        RuntimeError, match="conv2d_pack: expected weight of a multiple of 3 output channels, got 4"
+    ):
+        ops.conv2d_pack(weight, 3)
 
 
 def test_bad_input():

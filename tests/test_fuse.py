@@ -277,6 +277,21 @@ def test_weights_written_between_calls_are_seen():
         model.eval()
 
 
+def test_values_kept_for_inference_are_never_those_of_memory_used_again():
+    """Both writes leave the version counters at what they were, and may leave the address."""
+    model, x = build("bottlenecks").eval(), images()
+    cuda_cnn.fuse(model)
+    with torch.no_grad():
+        for _ in range(5):
+            model(x)
+            model.half().double()
+            assert torch.allclose(model(x), cuda_cnn.unfuse(copy.deepcopy(model))(x))
+            shape = model[0].weight.shape
+            del model[0].weight
+            model[0].weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+            assert torch.allclose(model(x), cuda_cnn.unfuse(copy.deepcopy(model))(x))
+
+
 def test_layers_may_be_replaced_after_fusing():
     model, x = build("bottlenecks"), images()
     cuda_cnn.fuse(model)

@@ -49,6 +49,7 @@ struct Conv2dParams {
   const void* in_shift;
   bool in_relu;          // x <- max(x, 0)
   bool relu;             // y <- max(y + residual, 0)
+  const void* packed;    // CPU, forward: the weight as conv2d_pack lays it out, or null
   const void* residual;  // as y, pixels residual_pixel elements apart, or null
   int64_t residual_pixel;
   void* mean;  // K: of y over its pixels, and the biased variance; or null
@@ -131,10 +132,15 @@ CUDA_CNN_CPU_KERNEL(conv2d_input_grad, Conv2dParams)
 CUDA_CNN_CPU_KERNEL(conv2d_weight_grad, Conv2dParams)
 CUDA_CNN_CPU_KERNEL(conv2d_statistics, Conv2dParams)
 CUDA_CNN_CPU_KERNEL(conv2d_transpose, Conv2dTransposeParams)
+// weight -> y, in the order and type in which forward's kernels read it: for each group panels of
+// conv2d_panel_columns output channels, [R*S*C/groups][columns].
+CUDA_CNN_CPU_KERNEL(conv2d_pack, Conv2dParams)
 
 namespace cuda_cnn::cpu {
 // The algorithm that a call with these parameters takes: params.algorithm where it applies, else the first
 // that does.
 Conv2dAlgorithm conv2d_choose(Conv2dDirection direction, const Conv2dParams& params);
 const char* conv2d_algorithm_name(Conv2dAlgorithm algorithm);
+// Depends on the instruction set.
+int64_t conv2d_panel_columns(DType dtype);
 }  // namespace cuda_cnn::cpu

@@ -55,12 +55,12 @@ at::Tensor rows_of(const OptionalTensor& tensor, int64_t* pixel) {
 
 // ---- The convolution ----
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> conv2d_fused(
-    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& in_scale,
-    const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& residual, bool out_relu,
-    bool want_stats, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-    int64_t groups) {
-  const Geometry geometry{stride, padding, dilation, groups, kOp};
+using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+ThreeTensors fused(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& packed,
+                   const OptionalTensor& bias, const OptionalTensor& in_scale, const OptionalTensor& in_shift,
+                   bool in_relu, const OptionalTensor& residual, bool out_relu, bool want_stats,
+                   const Geometry& geometry) {
   check_operands(x, weight, bias, geometry);
   check_prologue(in_scale, in_shift, x);
   Conv2dParams p = make_params(x, x.sizes(), weight.sizes(), geometry);
@@ -78,6 +78,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv2d_fused(
                    shift = dense_vector(in_shift);
   p.x = data(input);
   p.weight = data(filter);
+  p.packed = data_or_null(packed);
   p.bias = data_or_null(biases);
   p.in_scale = data_or_null(scale);
   p.in_shift = data_or_null(shift);
@@ -90,6 +91,71 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv2d_fused(
   CUDA_CNN_LAUNCH(x, conv2d_forward, p);
   return {y, mean, variance};
 }
+
+ThreeTensors conv2d_fused(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
+                          const OptionalTensor& residual, bool out_relu, bool want_stats,
+                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                          int64_t groups) {
+  return fused(x, weight, {}, bias, in_scale, in_shift, in_relu, residual, out_relu, want_stats,
+               {stride, padding, dilation, groups, kOp});
+}
+
+#if !defined(CUDA_CNN_EMULATED)
+
+std::vector<int64_t> packed_shape(const at::Tensor& weight, int64_t groups) {
+  const int64_t columns = cpu::conv2d_panel_columns(dtype_of(weight));
+  return {groups * ceil_div(weight.size(0) / groups, columns),
+          weight.size(1) * weight.size(2) * weight.size(3), columns};
+}
+
+// The weight in the order in which a CPU's kernels read it, for conv2d_packed: inference packs once.
+at::Tensor conv2d_pack(const at::Tensor& weight, int64_t groups) {
+  constexpr const char* kPack = "conv2d_pack";
+  check_tensor(kPack, "weight", weight);
+  check_dim(kPack, "weight", weight, 4);
+  check_positive(kPack, "groups", groups);
+  TORCH_CHECK(weight.size(0) % groups == 0, kPack, ": expected weight of a multiple of ", groups,
+              " output channels, got ", weight.size(0));
+  TORCH_CHECK(weight.is_cpu(), kPack, ": expected weight on the CPU, got it on ", weight.device());
+  at::Tensor packed = empty_result(packed_shape(weight, groups), vector_options(weight));
+  if (packed.numel() == 0) return packed;
+  const at::Tensor filter = dense_nhwc(weight);
+  Conv2dParams p{};
+  p.dtype = dtype_of(weight);
+  p.K = weight.size(0), p.C = weight.size(1) * groups, p.R = weight.size(2), p.S = weight.size(3);
+  p.groups = groups;
+  p.weight = data(filter);
+  p.y = mutable_data(packed);
+  cpu::conv2d_pack(p);
+  return packed;
+}
+
+// conv2d_fused's y, without derivatives, with the weight also packed. One that another instruction set has
+// packed has other columns, and is passed over.
+at::Tensor conv2d_packed(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& packed,
+                         const OptionalTensor& bias, const OptionalTensor& in_scale,
+                         const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& residual,
+                         bool out_relu, at::IntArrayRef stride, at::IntArrayRef padding,
+                         at::IntArrayRef dilation, int64_t groups) {
+  constexpr const char* kPacked = "conv2d_packed";
+  const Geometry geometry{stride, padding, dilation, groups, kPacked};
+  check_operands(x, weight, bias, geometry);
+  const std::vector<int64_t> shape = packed_shape(weight, groups);
+  check_dim(kPacked, "packed", packed, 3);
+  at::Tensor used;
+  if (packed.size(2) == shape[2]) {
+    TORCH_CHECK(x.is_cpu() && packed.is_cpu() && packed.scalar_type() == accumulator_of(x) &&
+                    packed.is_contiguous() && packed.sizes() == at::IntArrayRef(shape),
+                kPacked, ": expected conv2d_pack's result for a weight of shape ", weight.sizes(), ", got ",
+                packed.scalar_type(), " of shape ", packed.sizes(), " on ", packed.device());
+    used = packed;
+  }
+  return std::get<0>(
+      fused(x, weight, used, bias, in_scale, in_shift, in_relu, residual, out_relu, false, geometry));
+}
+
+#endif
 
 // The gradient that reaches y before its ReLU: dy, what the statistics add to it, and the mask.
 //   dy + dmean/M + 2*dvar/M * (y - mean)
@@ -308,6 +374,14 @@ TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
          "bool[2] wants) -> (Tensor dx, Tensor dscale, Tensor dshift, Tensor dresidual)",
          &channel_map_backward);
   define(library, "channel_statistics(Tensor x) -> (Tensor mean, Tensor var)", &channel_statistics);
+#if !defined(CUDA_CNN_EMULATED)
+  library.def("conv2d_pack(Tensor weight, int groups) -> Tensor", &conv2d_pack);
+  library.def(
+      "conv2d_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, Tensor? in_scale, "
+      "Tensor? in_shift, bool in_relu, Tensor? residual, bool out_relu, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups) -> Tensor",
+      &conv2d_packed);
+#endif
 }
 
 #undef CUDA_CNN_GEOMETRY

@@ -18,12 +18,20 @@ Vectors = tuple[Tensor, Tensor]
 # conv2d_norm's extra products are C/K + C/pixels of the backward pass: an eighth is the second term's share.
 _PIXELS_A_CHANNEL = 8
 
-# module -> (what the values were made from, the values): inference computes them once.
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any]] = weakref.WeakKeyDictionary()
+# module -> (what the values were made from, the values, the memory they were made from): inference computes them
+# once. Memory that is held is nobody else's, so its address stands for it.
+_kept: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any, list[Tensor]]] = weakref.WeakKeyDictionary()
 
 
 def forget(module: nn.Module) -> None:
     _kept.pop(module, None)
+
+
+def _fixed(sources: list[Tensor]) -> bool:
+    """Whether these stay what they are until somebody writes to them: no gradients are wanted."""
+    if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
+        return False
+    return not any(s.is_inference() for s in sources)
 
 
 def _once(module: nn.Module, sources: list[Tensor | None], extra: tuple, make: Callable[[], Any]) -> Any:
@@ -32,15 +40,13 @@ def _once(module: nn.Module, sources: list[Tensor | None], extra: tuple, make: C
     A write through `.data` goes unnoticed until the model changes its mode.
     """
     present = [s for s in sources if s is not None]
-    if torch.is_grad_enabled() and any(s.requires_grad for s in present):
-        return make()
-    if any(s.is_inference() for s in present):
+    if not _fixed(present):
         return make()
     key = (*extra, *((s.data_ptr(), s._version, s.dtype) for s in present))
     kept = _kept.get(module)
     if kept is None or kept[0] != key:
         with torch.inference_mode(False), torch.no_grad():
-            kept = _kept[module] = (key, make())
+            kept = _kept[module] = (key, make(), [s.detach() for s in present])
     return kept[1]
 
 
@@ -105,19 +111,35 @@ def frozen(norm: nn.BatchNorm2d, x: Tensor) -> Vectors:
     )
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that does what both do."""
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight and bias of the one convolution that does what both do, and the weight packed, where it stays."""
+    sources = [conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias]
 
-    def make() -> tuple[Tensor, Tensor]:
+    def make() -> tuple[Tensor, Tensor, Tensor | None]:
         dtype = accumulator(conv.weight)
         scale, shift = _vectors(norm, norm.running_mean.to(dtype), norm.running_var.to(dtype))
         weight = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype)
         if conv.bias is not None:
             shift = shift + conv.bias * scale
-        return weight.contiguous(memory_format=torch.channels_last), shift.to(conv.weight.dtype)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        return weight, shift.to(weight.dtype), _pack(weight, conv.groups)
 
-    sources = [conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias]
     return _once(conv, sources, (norm.eps,), make)
+
+
+def _pack(weight: Tensor, groups: int) -> Tensor | None:
+    """The weight as a CPU's kernels read it, unless it is about to change."""
+    if torch.compiler.is_compiling() or weight.device.type != "cpu" or not _fixed([weight]):
+        return None
+    return _library.ops.conv2d_pack(weight, groups)
+
+
+def _weights(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, bias and packed weight."""
+    if norm is not None:
+        return _folded(conv, norm)
+    packed = _once(conv, [conv.weight], (), lambda: _pack(conv.weight, conv.groups))
+    return conv.weight, conv.bias, packed
 
 
 # ---- Convolutions ------------------------------------------------------------------------------------------
@@ -134,13 +156,16 @@ def conv(
     relu: bool = False,
 ) -> Tensor:
     """relu(norm(conv(relu(scale·x + shift))) + residual), norm by its running statistics folded into the weight."""
-    weight, bias = (module.weight, module.bias) if norm is None else _folded(module, norm)
+    weight, bias, packed = _weights(module, norm)
     inside = residual is None or _could_be_added(residual, x, module)
-    y, *_ = F.conv2d_fused(
-        *(_nhwc(x), weight, bias, scale, shift, in_relu),
-        *(residual if inside else None, relu and inside, False),
-        *geometry(module),
-    )
+    added = residual if inside else None
+    tensors = (x, weight, bias, scale, shift, added)
+    if packed is None or _library.needs_function(*tensors) or _library.autocast_dtype(x) is not None:
+        operands = (_nhwc(x), weight, bias, scale, shift, in_relu, added, relu and inside, False)
+        y, *_ = F.conv2d_fused(*operands, *geometry(module))
+    else:
+        operands = (_nhwc(x), weight, packed, bias, scale, shift, in_relu, added, relu and inside)
+        y = _library.below_autograd(_library.ops.conv2d_packed, *operands, *geometry(module))
     return y if inside else _sum(y, residual, relu)
 
 

@@ -31,6 +31,14 @@ def needs_function(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def below_autograd(operator: Any, *args: Any) -> Any:
+    """operator(*args) where needs_function has said no: past the operator's derivative, whose rule is Python."""
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 def check_tensors(operator: str, optional: tuple[str, ...] = (), **tensors: Any) -> None:
     """A TypeError for what is no Tensor; those named as optional may be None."""
     for name, tensor in tensors.items():

@@ -197,7 +197,7 @@ def conv2d_fused(
     if torch._C._are_functorch_transforms_active():
         return composed(*arguments)
     if not _library.needs_function(*tensors, residual):
-        return _library.ops.conv2d_fused(*arguments)
+        return _library.below_autograd(_library.ops.conv2d_fused, *arguments)
     return _library.apply(Conv2dFusedFunction, *arguments)
 
 
@@ -264,7 +264,7 @@ def channel_map(
     if torch._C._are_functorch_transforms_active():
         return _composed_map(*arguments)
     if not _library.needs_function(input, scale, shift, residual):
-        return _library.ops.channel_map(*arguments)
+        return _library.below_autograd(_library.ops.channel_map, *arguments)
     return _library.apply(ChannelMapFunction, *arguments)
 
 
@@ -295,7 +295,7 @@ def channel_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
     if torch._C._are_functorch_transforms_active():
         return torch.var_mean(input.to(accumulator(input)), (0, 2, 3), correction=0)[::-1]
     if not _library.needs_function(input):
-        return _library.ops.channel_statistics(input)
+        return _library.below_autograd(_library.ops.channel_statistics, input)
     return _library.apply(ChannelStatisticsFunction, input)
 
 

@@ -64,6 +64,8 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
 
 }  // namespace
 
+int64_t conv2d_panel_columns(DType dtype) { return 2 * vector_lanes(dtype); }
+
 Conv2dAlgorithm conv2d_choose(Conv2dDirection direction, const Conv2dParams& params) {
   if (params.algorithm != Conv2dAlgorithm::kAuto && applies(params.algorithm, direction, params)) {
     return params.algorithm;

@@ -1,6 +1,11 @@
 #include "cpu/conv2d/filters.h"
 
+#include "cpu/parallel.h"
+
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+
+// Below so many elements packing is not worth a second thread.
+constexpr int64_t kPackGrain = 65536;
 
 template <class T>
 void pack_filters(const Filters<T>& f, int64_t group, int64_t column, Accumulator<T>* panel) {
@@ -18,7 +23,20 @@ void pack_filters(const Filters<T>& f, int64_t group, int64_t column, Accumulato
   }
 }
 
-#define INSTANTIATE(T) template void pack_filters(const Filters<T>&, int64_t, int64_t, Accumulator<T>*);
+template <class T>
+void pack_all_filters(const Filters<T>& filters, int64_t groups, Accumulator<T>* packed) {
+  constexpr int64_t kColumns = kTileColumns<Accumulator<T>>;
+  const int64_t panel_size = filters.depth() * kColumns, panels = ceil_div(filters.columns(), kColumns);
+  parallel_for(groups * panels, ceil_div(kPackGrain, panel_size), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pack_filters(filters, i / panels, i % panels * kColumns, packed + i * panel_size);
+    }
+  });
+}
+
+#define INSTANTIATE(T)                                                              \
+  template void pack_filters(const Filters<T>&, int64_t, int64_t, Accumulator<T>*); \
+  template void pack_all_filters(const Filters<T>&, int64_t, Accumulator<T>*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(BFloat16)

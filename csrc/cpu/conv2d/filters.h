@@ -16,6 +16,7 @@ struct Filters {
   int64_t channels, outputs;  // of a group
   bool transposed;            // for the input gradient, with the taps of
   Conv2dPhase h, w;
+  const Accumulator<T>* packed = nullptr;  // all panels, where a caller has kept them
 
   int64_t columns() const { return transposed ? channels : outputs; }
   int64_t depth() const { return transposed ? h.taps * w.taps * outputs : R * S * channels; }
@@ -24,5 +25,9 @@ struct Filters {
 // The panel [depth][kTileColumns] of the columns from `column` on.
 template <class T>
 void pack_filters(const Filters<T>& filters, int64_t group, int64_t column, Accumulator<T>* panel);
+
+// All of them, group by group.
+template <class T>
+void pack_all_filters(const Filters<T>& filters, int64_t groups, Accumulator<T>* panels);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -134,7 +134,7 @@ void run_task(Task<T> t) {
   if (!t.linear) list_pixels(t, pixels);
   t.pixels = pixels;
   // A whole panel of float goes straight to its place, and sums there.
-  const bool in_place = sizeof(T) == sizeof(Acc) && t.linear && !t.scatter.residual;
+  const bool in_place = sizeof(T) == sizeof(Acc) && t.linear;
 
   for (int64_t begin = 0; begin < cut.depth;) {
     const int64_t end = block_end(cut, begin);
@@ -156,6 +156,11 @@ void run_task(Task<T> t) {
         out.step = t.scatter.pixel;
         out.relu = last && t.scatter.relu;
         if (last && t.scatter.bias) out.bias = reinterpret_cast<const Acc*>(t.scatter.bias) + channel;
+        if (last && t.scatter.residual) {
+          out.residual_step = t.scatter.residual_pixel;
+          out.residual =
+              reinterpret_cast<const Acc*>(t.scatter.residual) + t.position * out.residual_step + channel;
+        }
       }
       for (int64_t i = 0; i < t.count; i += kTileRows, out.c += kTileRows * out.step) {
         const int64_t rows = min64(t.count - i, kTileRows);
@@ -165,6 +170,7 @@ void run_task(Task<T> t) {
           const bool ends = d + kChain >= end;
           chain.accumulate = d > 0;
           chain.bias = ends ? out.bias : nullptr;
+          chain.residual = ends && out.residual ? out.residual + i * out.residual_step : nullptr;
           chain.relu = ends && out.relu;
           tile(a + i * step + d - begin, step, b + (d - begin) * kColumns, min64(kChain, end - d), chain);
         }

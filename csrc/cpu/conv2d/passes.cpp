@@ -8,28 +8,35 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-// Below so many elements packing is not worth a second thread.
-constexpr int64_t kPackGrain = 65536;
+// Below so many elements zeros are not worth a second thread.
+constexpr int64_t kZeroGrain = 65536;
 
 // All panels, then their product with the image's matrix.
 template <class T>
 void correlate_packed(const Conv2dParams& p, const Gather<T>& gather, const Scatter<T>& scatter,
                       const Filters<T>& filters) {
   using Acc = Accumulator<T>;
-  const int64_t panel_size = filters.depth() * kTileColumns<Acc>;
-  const int64_t panels = ceil_div(filters.columns(), kTileColumns<Acc>);
-  Acc* packed = workspace<Acc>(Workspace::kShared, p.groups * panels * panel_size);
-  parallel_for(p.groups * panels, ceil_div(kPackGrain, panel_size), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      pack_filters(filters, i / panels, i % panels * kTileColumns<Acc>, packed + i * panel_size);
-    }
-  });
-  correlate(gather, scatter, packed, p.N, p.groups, filters.columns());
+  const Acc* panels = filters.packed;
+  if (!panels) {
+    const int64_t columns = ceil_div(filters.columns(), kTileColumns<Acc>) * kTileColumns<Acc>;
+    Acc* packed = workspace<Acc>(Workspace::kShared, p.groups * columns * filters.depth());
+    pack_all_filters(filters, p.groups, packed);
+    panels = packed;
+  }
+  correlate(gather, scatter, panels, p.N, p.groups, filters.columns());
 }
 
 template <class T>
 Filters<T> make_filters(const Conv2dParams& p) {
-  return {static_cast<const T*>(p.weight), p.R, p.S, p.C / p.groups, p.K / p.groups, false, {}, {}};
+  return {static_cast<const T*>(p.weight),
+          p.R,
+          p.S,
+          p.C / p.groups,
+          p.K / p.groups,
+          false,
+          {},
+          {},
+          static_cast<const Accumulator<T>*>(p.packed)};
 }
 
 template <class T>
@@ -70,7 +77,7 @@ Scatter<T> phase_scatter(const Conv2dParams& p, const Conv2dPhase& h, const Conv
 // Pixels of a phase that no tap reaches.
 template <class T>
 void zero_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& w) {
-  parallel_for(p.N * h.count, ceil_div(kPackGrain, w.count * p.C + 1), [&](int64_t begin, int64_t end) {
+  parallel_for(p.N * h.count, ceil_div(kZeroGrain, w.count * p.C + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / h.count * p.H + h.first + i % h.count * p.stride_h;
       for (int64_t j = 0; j < w.count; ++j) {
@@ -117,6 +124,13 @@ void input_grad_winograd(const Conv2dParams& p) {
   Filters<float> filters = make_filters<float>(p);
   filters.transposed = true, filters.h = h, filters.w = w;
   correlate_winograd(phase_gather<float>(p, h, w), phase_scatter<float>(p, h, w), filters, p.N, p.groups);
+}
+
+void conv2d_pack(const Conv2dParams& p) {
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    pack_all_filters(make_filters<T>(p), p.groups, static_cast<Accumulator<T>*>(p.y));
+  });
 }
 
 #define INSTANTIATE(T)                                \

@@ -17,6 +17,7 @@ CUDA_CNN_INLINE void store_tile(const Vec<Acc> (&sums)[kRows][kVectors], const T
       Vec<Acc> value = sums[i][j];
       if (out.accumulate) value += load(c);
       value += bias;
+      if (out.residual) value += load(out.residual + i * out.residual_step + j * kLanes<Acc>);
       store(c, out.relu ? relu(value) : value);
     }
   }

@@ -20,7 +20,7 @@ constexpr int kTileColumns = kTileVectors * kLanes<Acc>;
 // Of A, either the depth or the rows are contiguous; the other index has step a_step.
 enum class TileOperand { kDepthContiguous, kRowContiguous };
 
-// C = [C +] A * B [+ bias], then max(C, 0) if relu.
+// C = [C +] A * B [+ bias] [+ residual], then max(C, 0) if relu.
 template <class Acc>
 struct TileOutput {
   Acc* c;
@@ -28,6 +28,8 @@ struct TileOutput {
   const Acc* bias;  // a panel's columns, or null
   bool accumulate;
   bool relu;
+  const Acc* residual = nullptr;  // as C, rows residual_step apart, or null
+  int64_t residual_step = 0;
 };
 
 template <class Acc>

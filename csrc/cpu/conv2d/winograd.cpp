@@ -46,8 +46,15 @@ void transform_panel(const float* panel, int64_t channels, float* u) {
 
 void transform_filters(const Filters<float>& filters, int64_t group, int64_t column, int64_t channels,
                        float* u) {
-  float* panel = workspace<float>(Workspace::kC, filters.depth() * kColumns);
-  pack_filters(filters, group, column, panel);
+  const int64_t panel_size = filters.depth() * kColumns;
+  const float* panel = filters.packed;
+  if (panel) {
+    panel += (group * ceil_div(filters.columns(), kColumns) + column / kColumns) * panel_size;
+  } else {
+    float* packed = workspace<float>(Workspace::kC, panel_size);
+    pack_filters(filters, group, column, packed);
+    panel = packed;
+  }
   const auto transform = filters.R == 3 ? transform_panel<3> : transform_panel<5>;
   transform(panel, channels, u);
 }
