@@ -1,7 +1,7 @@
 // Each check and its wording, once. An operator calls them before it allocates.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace cuda_cnn::ops {
 

@@ -1,5 +1,7 @@
 #include "ops/conv2d.h"
 
+#include <ATen/Context.h>
+
 #include "ops/allocate.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"

@@ -1,7 +1,7 @@
 // What the operators of convolution share: checks, sizes, layouts.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include "kernels/conv2d.h"
 

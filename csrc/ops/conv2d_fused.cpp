@@ -1,5 +1,8 @@
 #include "kernels/conv2d_fused.h"
 
+#include <ATen/TensorOperators.h>
+
+#include "ops/allocate.h"
 #include "ops/conv2d.h"
 #include "ops/dispatch.h"
 #include "ops/layout.h"

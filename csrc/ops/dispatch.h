@@ -2,8 +2,8 @@
 // CPU, CUDA and emulated CUDA a build has.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/DeviceGuard.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "kernels/host_device.h"

@@ -1,7 +1,7 @@
 // Memory formats: which one a result has, and how a kernel sees a tensor in it.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace cuda_cnn::ops {
 
