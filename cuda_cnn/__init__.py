@@ -9,7 +9,7 @@ from cuda_cnn.convert import convert, revert
 from cuda_cnn.explain import explain
 from cuda_cnn.fuse import fuse, unfuse
 from cuda_cnn.models import create_model, list_models, load_weights
-from cuda_cnn.override import disable, enable, use
+from cuda_cnn.override import disable, enable, reset, use
 
 __version__: str = _build_info()["version"]
 
@@ -26,6 +26,7 @@ __all__ = [
     "load_weights",
     "nn",
     "reference",
+    "reset",
     "revert",
     "unfuse",
     "use",

@@ -5,7 +5,8 @@
 - `conv2d_algorithm` (str, "auto"): forces one algorithm for every convolution that it can compute:
   "winograd", "depthwise", "gemm" or "reference". For tests, benchmarks and readers who climb the ladder.
 
-`with cuda_cnn.backends.flags(winograd=False): …` sets them for a block. They hold for the whole process.
+`with cuda_cnn.backends.flags(winograd=False): …` sets them for a block. They hold for the whole process, until
+`cuda_cnn.reset()`.
 """
 
 import contextlib
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-_values: dict[str, Any] = {"winograd": True, "conv2d_algorithm": "auto"}
+_DEFAULTS: dict[str, Any] = {"winograd": True, "conv2d_algorithm": "auto"}
+_values = dict(_DEFAULTS)
 
 
 class _Backends(types.ModuleType):
@@ -52,6 +54,12 @@ def flags(**values: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(module, name, value)
+
+
+def reset() -> None:
+    """Every switch as it was at import."""
+    for name, value in _DEFAULTS.items():
+        setattr(sys.modules[__name__], name, value)
 
 
 sys.modules[__name__].__class__ = _Backends

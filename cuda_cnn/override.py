@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_cnn import _C, _aten
+from cuda_cnn import _C, _aten, backends
 from cuda_cnn import functional as F
 
-__all__ = ["OPERATORS", "Call", "CallLog", "disable", "enable", "use"]
+__all__ = ["OPERATORS", "Call", "CallLog", "disable", "enable", "reset", "use"]
 
 OPERATORS = ("conv2d", "max_pool2d", "batch_norm", "concat", "local_response_norm")
 
@@ -144,6 +144,15 @@ def disable() -> None:
     if _everywhere is not None:
         _everywhere = None
         _overrides.release()
+
+
+def reset() -> None:
+    """All that holds for the process as it was at import: :func:`disable`, and the switches of `backends`.
+
+    Blocks of :func:`use` go on. Converted and fused models are no state of the process: `revert`, `unfuse`.
+    """
+    disable()
+    backends.reset()
 
 
 _everywhere: CallLog | None = None

@@ -329,6 +329,22 @@ class Convolved(Dataset):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_reset_undoes_what_holds_for_the_process():
+    x, weight = torch.randn(1, 16, 8, 8), torch.randn(16, 16, 3, 3)
+    before = cuda_cnn.functional.conv2d(x, weight)
+    log = cuda_cnn.enable()
+    cuda_cnn.backends.conv2d_algorithm, cuda_cnn.backends.winograd = "reference", False
+    F.conv2d(x, weight)
+    assert not torch.equal(cuda_cnn.functional.conv2d(x, weight), before)
+    served = log.ours
+    cuda_cnn.reset()
+    cuda_cnn.reset()
+    F.conv2d(x, weight)
+    assert log.ours == served > 0
+    assert (cuda_cnn.backends.conv2d_algorithm, cuda_cnn.backends.winograd) == ("auto", True)
+    assert torch.equal(cuda_cnn.functional.conv2d(x, weight), before)
+
+
 def test_data_loader_workers():
     with cuda_cnn.use() as log:
         values = torch.cat(list(DataLoader(Convolved(), batch_size=2, num_workers=2)))
