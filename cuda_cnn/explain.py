@@ -187,7 +187,10 @@ class _Watcher(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         if name == "_to_copy" and output.dtype != args[0].dtype:
             self.casts.append((f"{_short(args[0].dtype)}→{_short(output.dtype)}", _bytes(output)))
-        elif space == "cuda_cnn" and not name.startswith(("conv2d_algorithm", "conv2d_cuda_kernel")):
+        elif space == "cuda_cnn" and name not in ("conv2d_algorithm", "conv2d_cuda_kernel", "conv2d_pack"):
+            if name == "conv2d_packed":  # the same call, of weights that inference has packed before
+                x, weight, _, *rest = args
+                name, args = "conv2d_fused", (x, weight, *rest[:6], False, *rest[6:])
             x = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
             y = output[0] if isinstance(output, (list, tuple)) else output
             y = x if y is None else y

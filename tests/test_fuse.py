@@ -277,6 +277,21 @@ def test_weights_written_between_calls_are_seen():
         model.eval()
 
 
+def test_flops_of_packed_convolutions_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = build("bottlenecks").eval(), images()
+    counts = []
+    for prepare in (lambda m: m, cuda_cnn.fuse):
+        prepare(model)
+        with torch.no_grad():
+            model(x)
+            with FlopCounterMode(display=False) as counter:
+                model(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_values_kept_for_inference_are_never_those_of_memory_used_again():
     """Both writes leave the version counters at what they were, and may leave the address."""
     model, x = build("bottlenecks").eval(), images()

@@ -378,12 +378,11 @@ TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
          &channel_map_backward);
   define(library, "channel_statistics(Tensor x) -> (Tensor mean, Tensor var)", &channel_statistics);
 #if !defined(CUDA_CNN_EMULATED)
-  library.def("conv2d_pack(Tensor weight, int groups) -> Tensor", &conv2d_pack);
-  library.def(
-      "conv2d_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, Tensor? in_scale, "
-      "Tensor? in_shift, bool in_relu, Tensor? residual, bool out_relu, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups) -> Tensor",
-      &conv2d_packed);
+  define(library, "conv2d_pack(Tensor weight, int groups) -> Tensor", &conv2d_pack);
+  define(library,
+         "conv2d_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, Tensor? in_scale, "
+         "Tensor? in_shift, bool in_relu, Tensor? residual, bool out_relu, " CUDA_CNN_GEOMETRY ") -> Tensor",
+         &conv2d_packed);
 #endif
 }
 

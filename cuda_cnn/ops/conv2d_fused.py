@@ -355,6 +355,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return _vector(x, x.shape[1]), _vector(x, x.shape[1])
 
 
+@register_flop_formula(_library.ops.conv2d_packed)
 @register_flop_formula(_library.ops.conv2d_fused)
 def _(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
     return _conv2d._flops(out_shape[0], weight)
