@@ -69,7 +69,7 @@ def test_explain_names_the_kernels():
 
     with FakeTensorMode():
         x, weight = (torch.empty(*shape, device="cuda") for shape in ((2, 6, 14, 14), (16, 6, 5, 5)))
-        names, reason = _algorithm((x, weight, None, [1, 1], [0, 0], [1, 1], 1))
+        names, reason = _algorithm("conv2d", (x, weight, None, [1, 1], [0, 0], [1, 1], 1), x)
     assert names == "few_channels/few_channels/few_channels" and "mostly empty" in reason
 
 
