@@ -69,7 +69,8 @@ def isa_unit(source: Path, isa: str, emulate: bool) -> str:
 
 
 def united(folder: str) -> str:
-    """One unit of a folder's files: their torch headers take longer to read than they to compile."""
+    """One unit of a folder's files: their torch headers take longer to read than they to compile. What they keep in
+    anonymous namespaces must differ by name."""
     unit = Path("build", "united", f"{folder}.cpp")
     files = sorted((CSRC / folder).glob("*.cpp"))
     write_if_changed(ROOT / unit, "".join(f'#include "{folder}/{p.name}"\n' for p in files))
