@@ -179,6 +179,17 @@ bool plain_batch_norm(const Tensor& x, const OptionalTensor& running_mean, const
          (!running_mean || (running_mean->numel() == channels && running_var->numel() == channels));
 }
 
+// A running statistic moved towards a batch's.
+void follow(const Tensor& running, const Tensor& value, double momentum, double factor) {
+  running.mul_(1 - momentum).add_(value, momentum * factor);
+}
+
+// Of a batch's variance: what makes it the unbiased one.
+double unbiased(const Tensor& x) {
+  const double count = static_cast<double>(x.numel() / x.size(1));
+  return count / (count - 1);
+}
+
 PyObject* batch_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Tensor x;
@@ -196,13 +207,46 @@ PyObject* batch_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
     }
     const auto [y, mean, var] = autograd::batch_norm(x, residual, weight, bias, {}, {}, mode);
     if (running_mean) {
-      const double values_per_channel = static_cast<double>(x.numel() / x.size(1));
       const at::NoGradGuard no_grad;
-      running_mean->mul_(1 - momentum).add_(mean, momentum);
-      running_var->mul_(1 - momentum).add_(var, momentum * values_per_channel / (values_per_channel - 1));
+      follow(*running_mean, mean, momentum, 1);
+      follow(*running_var, var, momentum, unbiased(x));
     }
     return y;
   });
+  END_HANDLE_TH_ERRORS
+}
+
+// aten::native_batch_norm, for the override that stands in its place: (y, mean, 1/sqrt(var + eps)) of the
+// batch in the parameters' dtype, the last two empty outside training.
+PyObject* native_batch_norm(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Tensor x;
+  OptionalTensor weight, bias, running_mean, running_var;
+  autograd::BatchNormMode mode(false, 0, false);
+  double momentum = 0;
+  if (!read_all(values, count, &x, &weight, &bias, &running_mean, &running_var, &mode.training, &momentum,
+                &mode.eps) ||
+      !plain_batch_norm(x, running_mean, running_var, mode)) {
+    return not_plain();
+  }
+  Tensor y, mean, inverse;
+  {
+    const pybind11::gil_scoped_release no_lock;
+    const OptionalTensor none;
+    const bool training = mode.training;
+    Tensor var;
+    std::tie(y, mean, var) = autograd::batch_norm(x, none, weight, bias, training ? none : running_mean,
+                                                  training ? none : running_var, mode);
+    const auto dtype = weight ? weight->scalar_type() : x.scalar_type();
+    if (training && running_mean) {
+      // As torch's kernel does: autograd, which has saved the vectors, must not see a new version of them.
+      follow(running_mean->variable_data(), mean, momentum, 1);
+      follow(running_var->variable_data(), var, momentum, unbiased(x));
+    }
+    mean = training ? mean.to(dtype) : at::empty({0}, x.options().dtype(dtype));
+    inverse = training ? var.add(mode.eps).rsqrt_().to(dtype) : at::empty_like(mean);
+  }
+  return pybind11::make_tuple(y, mean, inverse).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -213,10 +257,10 @@ PyMethodDef* eager_methods() {
   {                                                                                                   \
     #name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&name)), METH_FASTCALL, nullptr \
   }
-  static PyMethodDef methods[] = {CUDA_CNN_EAGER(batch_norm),    CUDA_CNN_EAGER(concat),
-                                  CUDA_CNN_EAGER(conv2d),        CUDA_CNN_EAGER(local_response_norm),
-                                  CUDA_CNN_EAGER(max_pool2d),    CUDA_CNN_EAGER(subsample),
-                                  {nullptr, nullptr, 0, nullptr}};
+  static PyMethodDef methods[] = {
+      CUDA_CNN_EAGER(batch_norm),        CUDA_CNN_EAGER(concat),        CUDA_CNN_EAGER(conv2d),
+      CUDA_CNN_EAGER(max_pool2d),        CUDA_CNN_EAGER(subsample),     CUDA_CNN_EAGER(local_response_norm),
+      CUDA_CNN_EAGER(native_batch_norm), {nullptr, nullptr, 0, nullptr}};
 #undef CUDA_CNN_EAGER
   return methods;
 }

@@ -155,21 +155,6 @@ def taps_of(
 # ---- batch_norm ---------------------------------------------------------------------------------------------
 
 
-def _decided(x: Tensor) -> Tensor:
-    """x, with its format's strides where an extent of 1 leaves them open: batch norm's results are contiguous where x
-    is, else channels_last where x is that, though `suggest_memory_format` may see it otherwise in the strides."""
-    if x.dim() != 4:
-        return x
-    _, c, h, w = x.shape
-    if x.is_contiguous():
-        strides = (c * h * w, h * w, w, 1)
-    elif x.is_contiguous(memory_format=torch.channels_last):
-        strides = (h * w * c, 1, w * c, c)
-    else:
-        return x
-    return x if x.stride() == strides else x.as_strided(x.shape, strides)
-
-
 def native_batch_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -182,19 +167,9 @@ def native_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, mean, 1/√(var + eps)), the last two empty outside training."""
     _require(x.numel() > 0, "an empty batch")
-    given = (None, None) if training else (running_mean, running_var)
-    x = _decided(x)
-    y, mean, var = _library.ops.batch_norm(x, None, weight, bias, *given, training, eps, False)
-    # torch keeps them in the parameters' dtype.
-    dtype = x.dtype if weight is None else weight.dtype
-    if not training:
-        return y, x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
-    count = x.numel() // x.shape[1]
-    for running, value, factor in ((running_mean, mean, 1.0), (running_var, var, count / max(count - 1, 1))):
-        if running is not None:
-            # As torch's kernel does: autograd, which has saved the vector, must not see a new version of it.
-            running.data.mul_(1 - momentum).add_(value, alpha=momentum * factor)
-    return y, mean.to(dtype), (var + eps).rsqrt().to(dtype)
+    found = eager.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    _require(found is not NotImplemented, "arguments that batch_norm would refuse")
+    return found
 
 
 def native_batch_norm_no_stats(
@@ -221,7 +196,7 @@ def native_batch_norm_backward(
         mean, var = save_mean, save_invstd.double().pow(-2).sub(eps)
     wants = [output_mask[0], output_mask[1] or output_mask[2], False]
     dx, dweight, dbias, _ = _library.ops.batch_norm_backward(
-        dy, _decided(x), None, weight, None, mean, var, training, eps, False, wants
+        dy, x, None, weight, None, mean, var, training, eps, False, wants
     )
     return tuple(d if wanted else None for d, wanted in zip((dx, dweight, dbias), output_mask, strict=True))
 

@@ -193,23 +193,30 @@ def test_a_convolution_of_no_channels_is_torchs():
     assert torch.equal(layer.bias.grad, torch.zeros(5)) and x.grad.shape == x.shape
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 2, 1), (2, 3, 1, 4), (3, 4, 2, 5), (1, 1, 4, 2)])
-@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 3, 1, 2), (2, 1, 0, 3)])
+@pytest.mark.parametrize("shape", [(1, 3, 2, 1), (2, 3, 1, 4), (3, 4, 2, 5), (1, 1, 4, 2), (2, 5, 1, 1)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2), (2, 1, 0, 3)])
 def test_batch_norm_has_torchs_strides_for_every_layout(shape, order):
     """PyTorch's test_batchnorm_non_contig_cpu: an extent of 1 leaves a stride open, and the format with it."""
     x = torch.randn(shape).permute(order)
     for training in (True, False):
         found = []
-        for ours in (False, True):
+        for form in ("torch", "used", "converted"):
             norm = nn.BatchNorm2d(x.shape[1]).train(training)
+            if form == "converted":
+                cuda_cnn.convert(norm)
             leaf = x.detach().requires_grad_()
-            with cuda_cnn.use("batch_norm" if ours else ()) as log:
+            with cuda_cnn.use("batch_norm" if form == "used" else ()) as log:
                 y = norm(leaf)
                 (dx,) = torch.autograd.grad(y.square().sum(), leaf)
-            assert log.ours == 2 * ours and log.fallbacks == 0
+            assert log.ours == 2 * (form == "used") and log.fallbacks == 0
             found.append((y.detach(), dx, y.stride()))
-        torch.testing.assert_close(*(f[:2] for f in found), rtol=1e-4, atol=1e-4)
-        assert found[0][2] == found[1][2]
+        for values in found[1:]:
+            torch.testing.assert_close(values[:2], found[0][:2], rtol=1e-4, atol=1e-4)
+            assert values[2] == found[0][2]
+        statistics = (None, None) if training else (norm.running_mean, norm.running_var)
+        arguments = (x, None, norm.weight, norm.bias, *statistics, training, norm.eps, False)
+        with torch.no_grad():
+            torch.library.opcheck(torch.ops.cuda_cnn.batch_norm.default, arguments, test_utils="test_faketensor")
 
 
 def test_ops_and_exclude():

@@ -11,6 +11,14 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr const char* kOp = "batch_norm";
 
+// torch's results are contiguous where x is, else channels_last where x is that, though its strides alone may
+// suggest otherwise where an extent is 1.
+at::MemoryFormat format_of_results(const at::Tensor& x) {
+  if (x.is_contiguous()) return at::MemoryFormat::Contiguous;
+  constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+  return x.dim() == 4 && x.is_contiguous(kLast) ? kLast : format_of(x);
+}
+
 BatchNormShape shape_of(const at::Tensor& x, at::MemoryFormat format) {
   const int64_t spatial = c10::multiply_integers(x.sizes().slice(2));
   // (N, C) alone: the rows of channels_last.
@@ -85,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, c
   TORCH_CHECK(training || running_mean, kOp, ": running_mean must be defined in evaluation mode");
   TORCH_CHECK(training || running_var, kOp, ": running_var must be defined in evaluation mode");
 
-  const at::MemoryFormat format = format_of(x);
+  const at::MemoryFormat format = format_of_results(x);
   at::Tensor y = empty_result(x.sizes(), x.options().memory_format(format));
   at::Tensor mean = at::empty({training ? channels_of(x) : 0}, x.options().dtype(at::kDouble));
   at::Tensor var = at::empty_like(mean);
@@ -134,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
   check_channel_values("var", var, x, true);
   const bool want_dx = wants[0], want_dparameters = wants[1], want_dresidual = wants[2];
 
-  const at::MemoryFormat format = format_of(x);
+  const at::MemoryFormat format = format_of_results(x);
   const at::TensorOptions dense = x.options().memory_format(format);
   const at::TensorOptions parameter = weight ? weight->options() : bias ? bias->options() : mean.options();
   at::Tensor dx = wanted(want_dx, x, dense), dresidual = wanted(want_dresidual, x, dense);

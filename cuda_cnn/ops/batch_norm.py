@@ -118,6 +118,15 @@ def _check(
                 )
 
 
+def _empty_result(x: Tensor) -> Tensor:
+    """contiguous where x is, else channels_last where x is that, as torch's is where an extent of 1 leaves it open."""
+    if torch._prims_common.is_contiguous_or_false(x):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.dim() == 4 and torch._prims_common.is_channels_last_contiguous_or_false(x):
+        return torch.empty_like(x, memory_format=torch.channels_last)
+    return _library.empty_like_result(x)
+
+
 @torch.library.register_fake("cuda_cnn::batch_norm")
 def _(
     x: Tensor,
@@ -142,7 +151,7 @@ def _(
     mean, var = (
         x.new_empty(x.shape[1] if training and x.dim() > 1 else 0, dtype=torch.float64) for _ in range(2)
     )
-    return _library.empty_like_result(x), mean, var
+    return _empty_result(x), mean, var
 
 
 @torch.library.register_fake("cuda_cnn::batch_norm_backward")
@@ -160,7 +169,7 @@ def _(
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like_input(want: bool) -> Tensor:
-        return _library.empty_like_result(x) if want else x.new_empty(0)
+        return _empty_result(x) if want else x.new_empty(0)
 
     parameter = weight if weight is not None else bias if bias is not None else mean
     dweight, dbias = (parameter.new_empty(mean.shape if wants[1] else 0) for _ in range(2))
