@@ -216,7 +216,9 @@ def test_batch_norm_has_torchs_strides_for_every_layout(shape, order):
         statistics = (None, None) if training else (norm.running_mean, norm.running_var)
         arguments = (x, None, norm.weight, norm.bias, *statistics, training, norm.eps, False)
         with torch.no_grad():
-            torch.library.opcheck(torch.ops.cuda_cnn.batch_norm.default, arguments, test_utils="test_faketensor")
+            torch.library.opcheck(
+                torch.ops.cuda_cnn.batch_norm.default, arguments, test_utils="test_faketensor"
+            )
 
 
 def test_ops_and_exclude():

@@ -1,9 +1,9 @@
 // LeNet-5's sub-sampling on the CPU; formulas: kernels/subsample.h.
 //
-// NHWC: vectors along the channels; a task is a band of output rows of one image.
-// NCHW: window sums of a band of one plane go to scratch, so that the squashing function, the dear part, runs
-// over full vectors whatever the row's length. The backward pass sums each band's da and da · Σ window into
-// its own slot of `partial`; the slots are added in index order.
+// NHWC: vectors along the channels; a task is a band of output rows of one image. NCHW: a band of one plane.
+// What is to be squashed goes to scratch first: the squashing function, the dear part, runs over full vectors
+// whatever the number of channels or the row's length. The backward pass sums each band's da and da · Σ
+// window into its own slot of `partial`; the slots are added in index order.
 #include "kernels/subsample.h"
 
 #include "cpu/parallel.h"
@@ -85,22 +85,43 @@ CUDA_CNN_INLINE Vec<Accumulator<T>> window_sum(const SubsampleParams& p, const T
   return total;
 }
 
+// coefficient and bias, each `padded` long.
+template <class T>
+CUDA_CNN_INLINE const Accumulator<T>* channel_vectors(const SubsampleParams& p, int64_t padded) {
+  auto* values = workspace<Accumulator<T>>(Workspace::kB, 2 * padded);
+  for (int64_t c = 0; c < padded; ++c) {
+    const bool inside = c < p.channels;
+    values[c] = inside ? widen(static_cast<const T*>(p.coefficient)[c]) : 0;
+    values[padded + c] = inside ? widen(static_cast<const T*>(p.bias)[c]) : 0;
+  }
+  return values;
+}
+
 template <class T>
 void forward_nhwc(const SubsampleParams& p) {
   using A = Accumulator<T>;
-  const T *x = static_cast<const T*>(p.x), *coefficient = static_cast<const T*>(p.coefficient);
-  const T* bias = static_cast<const T*>(p.bias);
+  const T* x = static_cast<const T*>(p.x);
+  const T* end = x + p.batch * p.height * p.width * p.channels;
+  const int64_t padded = p.channels + kLanes<T>;
+  const int64_t last_cell = ((p.kernel_h - 1) * p.width + p.kernel_w - 1) * p.channels;
   for_each_band(p, p.batch, p.out_width * p.channels, [&](const Band& band) {
+    const int64_t count = band.rows * p.out_width * p.channels;
+    const A* coefficient = channel_vectors<T>(p, padded);
+    A* linear = workspace<A>(Workspace::kA, count + kLanes<T>);
     for (int64_t k = 0; k < band.rows * p.out_width; ++k) {
       const int64_t row = band.first + k / p.out_width, q = k % p.out_width;
       const T* cell = x + ((band.n * p.height + row * p.kernel_h) * p.width + q * p.kernel_w) * p.channels;
-      T* y = static_cast<T*>(p.y) + ((band.n * p.out_height + row) * p.out_width + q) * p.channels;
-      for_each_vector<T>(p.channels, [&](int64_t c, int64_t lanes) {
-        const Vec<A> a = fma(load_lanes(coefficient + c, lanes), window_sum(p, cell + c, lanes),
-                             load_lanes(bias + c, lanes));
-        store_lanes(y + c, squash_lanes<A>(a, p.squash), lanes);
-      });
+      // Whole vectors: lanes beyond the last channel are overwritten by the next pixel's.
+      for (int64_t c = 0; c < p.channels; c += kLanes<T>) {
+        const int64_t lanes = min64(kLanes<T>, end - (cell + last_cell + c));
+        const Vec<A> sums = window_sum(p, cell + c, lanes);
+        store(linear + k * p.channels + c, fma(load(coefficient + c), sums, load(coefficient + padded + c)));
+      }
     }
+    T* y = static_cast<T*>(p.y) + (band.n * p.out_height + band.first) * p.out_width * p.channels;
+    for_each_vector<T>(count, [&](int64_t t, int64_t lanes) {
+      store_lanes(y + t, squash_lanes<A>(load_lanes(linear + t, lanes), p.squash), lanes);
+    });
   });
 }
 

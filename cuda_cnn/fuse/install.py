@@ -56,9 +56,13 @@ class FusedForward:
 
     def state(self) -> tuple:
         """All that a graph depends on: which layers there are, their modes and hooks."""
-        return tuple(
-            (id(m), m.training, has_hooks(m)) for m in self.module.modules() if m is not self.module
-        ) + (self.module.training,)
+        state, layers_left = [self.module.training], list(self.module._modules.values())
+        while layers_left:  # at every call: modules() would take longer than a small layer
+            layer = layers_left.pop()
+            if layer is not None:
+                state += id(layer), layer.training, has_hooks(layer)
+                layers_left += layer._modules.values()
+        return tuple(state)
 
     def plan(self) -> tuple[nn.Module | None, Report]:
         state = self.state()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import functional as F
 from .. import nn as cnn
@@ -220,3 +220,8 @@ def _check_size(name: str, x: Tensor) -> None:
 
 def _single(scores: Tensor) -> Tensor:
     return scores.flatten(1) if scores.shape[2:] == (1, 1) else scores
+
+
+# They branch on shapes: a call each in what torch.fx traces.
+fx.wrap("_check_size")
+fx.wrap("_single")
