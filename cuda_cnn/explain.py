@@ -25,6 +25,7 @@ __all__ = ["Explanation", "Row", "explain"]
 ALGORITHMS = {
     "winograd": "3×3 or 5×5 of stride 1 in float32: Winograd's minimal filtering",
     "depthwise": "a filter for each channel: nothing to share between channels",
+    "gemm_nchw": "matrix products on planes: 1×1 or few channels, NCHW as it lies",
     "gemm": "matrix products on channels, the general case",
     "reference": "a plain loop: nothing faster computes this",
     # CUDA: csrc/cuda/conv2d/plan.h
@@ -273,6 +274,7 @@ def _algorithm(operator: str, args: Any, y: Tensor) -> tuple[str, str]:
         conv2d.algorithm(
             *(direction, x.shape, weight.shape, *lists, groups, x.dtype, x.device.type),
             mapped=mapped and direction != "input_grad",
+            nchw=operator == "conv2d" and all(t.is_contiguous() for t in (x, weight, y)),
         )
         for direction in ("forward", "input_grad", "weight_grad")
     ]
@@ -282,6 +284,8 @@ def _algorithm(operator: str, args: Any, y: Tensor) -> tuple[str, str]:
 def _copies(operator: str, args: Any, y: Tensor | None) -> list[tuple[str, int]]:
     """Changes of memory layout that csrc/ops makes before and after the kernel."""
     if operator in ("conv2d", "conv2d_fused"):
+        if y is not None and _algorithm(operator, args, y)[0].startswith("gemm_nchw"):
+            return []
         parts = [("input to NHWC", args[0]), ("weight to NHWC", args[1]), ("output to NCHW", y)]
         return [(what, _bytes(t)) for what, t in parts if t.numel() and not _channels_together(t)]
     if operator == "concat" or not isinstance(args[0], Tensor):

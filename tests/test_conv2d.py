@@ -20,6 +20,14 @@ CASES = {
     "primes": ((3, 7, 11, 13), (17, 7, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
     "one of everything": ((1, 1, 1, 1), (1, 1, 1, 1), ((1, 1), (0, 0), (1, 1), 1)),
     "1x1": ((2, 33, 5, 3), (35, 33, 1, 1), ((1, 1), (0, 0), (1, 1), 1)),
+    "1x1, long sums, images that end within a tile": (
+        (3, 203, 7, 7),
+        (23, 203, 1, 1),
+        ((1, 1), (0, 0), (1, 1), 1),
+    ),
+    "1x1, groups, odd pixels": ((3, 18, 3, 11), (21, 6, 1, 1), ((1, 1), (0, 0), (1, 1), 3)),
+    "1x1, more filters than pixels": ((1, 70, 3, 5), (131, 70, 1, 1), ((1, 1), (0, 0), (1, 1), 1)),
+    "1x1 stride 3, padding": ((2, 9, 8, 13), (14, 9, 1, 1), ((2, 3), (1, 2), (1, 1), 1)),
     "1x1 stride 2": ((2, 16, 7, 6), (19, 16, 1, 1), ((2, 2), (0, 0), (1, 1), 1)),
     "stem": ((1, 3, 19, 23), (10, 3, 7, 7), ((2, 2), (3, 3), (1, 1), 1)),
     "alexnet conv1": ((1, 3, 27, 31), (13, 3, 11, 11), ((4, 4), (2, 2), (1, 1), 1)),
@@ -113,6 +121,13 @@ def test_every_algorithm_is_exact(isa, case, name):
             check_bitwise(case, dtype, "channels_last")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_nchw_as_it_lies_is_exact(isa, case):
+    with backends.flags(conv2d_algorithm="gemm_nchw"):
+        for dtype in DTYPES:
+            check_bitwise(case, dtype, "contiguous")
+
+
 @pytest.mark.parametrize("case", ["groups of 2", "groups of 4", "groups of 8"])
 def test_infinity_stays_in_its_group(isa, case):
     """Groups that share a vector share no sum: not even 0 * Inf."""
@@ -182,11 +197,13 @@ def for_thread_counts(function):
     return results
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "gemm_nchw"])
 @pytest.mark.parametrize("case", list(CASES))
-def test_threads_do_not_change_a_bit(case):
+def test_threads_do_not_change_a_bit(case, algorithm):
     x, weight, bias, geometry, dy = make(case, reals, torch.float32)
     x, dy = x.repeat(5, 1, 1, 1), dy.repeat(5, 1, 1, 1)
-    results = for_thread_counts(lambda: with_gradients(F.conv2d, x, weight, bias, geometry, dy))
+    with backends.flags(conv2d_algorithm=algorithm):
+        results = for_thread_counts(lambda: with_gradients(F.conv2d, x, weight, bias, geometry, dy))
     for other, name in itertools.product(results[1:], results[0]):
         assert_bitwise(other[name], results[0][name], what=f"{name} of {case}")
 

@@ -117,6 +117,11 @@ def test_flops_are_counted_as_torchs():
 
 def test_algorithms_can_be_asked_for_and_forced():
     assert algorithm("forward", (1, 64, 14, 14), (64, 64, 7, 7), padding=(3, 3)) == "gemm"
+    stem, point = ((1, 3, 33, 33), (64, 3, 7, 7), (2, 2), (3, 3)), ((1, 64, 14, 14), (64, 64, 1, 1))
+    deep = (1, 64, 14, 14), (64, 64, 7, 7), (1, 1), (3, 3)
+    for direction in ("forward", "input_grad", "weight_grad"):
+        names = [algorithm(direction, *call, nchw=True) for call in (point, stem, deep)]
+        assert names == ["gemm_nchw", "gemm" if direction == "input_grad" else "gemm_nchw", "gemm"]
     with backends.flags(conv2d_algorithm="reference"):
         assert algorithm("forward", (1, 64, 14, 14), (64, 64, 5, 5)) == "reference"
     assert backends.conv2d_algorithm == "auto"

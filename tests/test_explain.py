@@ -74,7 +74,7 @@ def test_algorithms_are_those_that_run():
         shape = (2, layer.in_channels, size, size)
         geometry = layer.stride, layer.padding, layer.dilation, layer.groups
         names = [
-            conv2d.algorithm(d, shape, layer.weight.shape, *geometry)
+            conv2d.algorithm(d, shape, layer.weight.shape, *geometry, nchw=True)
             for d in ("forward", "input_grad", "weight_grad")
         ]
         assert found[name, "conv2d"].algorithm == "/".join(names)
@@ -87,6 +87,9 @@ def test_copies():
     model, x = nn.Sequential(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 6, 6)
     cuda_cnn.convert(model)
     (row,) = cuda_cnn.explain(model, x).rows
+    assert row.layout == "NCHW" and row.algorithm == "gemm_nchw/gemm/gemm_nchw" and row.conversions == ()
+    with cuda_cnn.backends.flags(conv2d_algorithm="gemm"):
+        (row,) = cuda_cnn.explain(model, x).rows
     assert row.layout == "NCHW" and row.conversions == ("input to NHWC", "weight to NHWC", "output to NCHW")
     assert row.converted_bytes == 4 * (2 * 4 * 36 + 8 * 4 * 9 + 2 * 8 * 16)
     model.to(memory_format=torch.channels_last)
@@ -169,7 +172,8 @@ def test_fused_networks_are_shown_as_they_run():
         f"statistics in its epilogue; {gemm}",
         f"norm and ReLU on its load; {gemm}",
     ]
-    assert [r.algorithm for r in found[:3]] == ["gemm/gemm/gemm"] * 3
+    plain, fused = (f"{a}/{a}/{a}" for a in ("gemm_nchw", "gemm"))
+    assert [r.algorithm for r in found[:3]] == [plain, fused, fused]
     assert all(r.ours for r in found) and model[1].forward is forward
     (folded, *_) = (r for r in cuda_cnn.explain(model.eval(), x).rows if r.operator == "conv2d_fused")
     assert folded.layer == "1.0.0" and folded.reason == f"norm folded in, ReLU; {gemm}"

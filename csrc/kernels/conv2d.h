@@ -19,7 +19,7 @@
 namespace cuda_cnn {
 
 // The algorithms of csrc/cpu/conv2d, fastest first where they apply; kAuto leaves it to choose().
-enum class Conv2dAlgorithm : int32_t { kAuto, kWinograd, kDepthwise, kGemm, kReference };
+enum class Conv2dAlgorithm : int32_t { kAuto, kWinograd, kDepthwise, kGemmNchw, kGemm, kReference };
 enum class Conv2dDirection : int32_t { kForward, kInputGrad, kWeightGrad };
 
 struct Conv2dParams {
@@ -55,6 +55,9 @@ struct Conv2dParams {
   void* mean;  // K: of y over its pixels, and the biased variance; or null
   void* variance;
 
+  // CPU: x, dy, y and dx are NCHW, weight and dweight (K, C/groups, R, S), all contiguous. Of the algorithms
+  // only kGemmNchw computes so: a caller asks conv2d_choose, and else makes NHWC of them and clears this.
+  bool nchw;
   Conv2dAlgorithm algorithm;  // forced, or kAuto
   bool allow_winograd;        // it rounds otherwise than a direct sum
   bool allow_tf32;            // CUDA, float32: torch.backends.cudnn.conv.fp32_precision

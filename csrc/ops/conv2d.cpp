@@ -35,6 +35,21 @@ bool transpose_layout(const at::Tensor& from, const at::Tensor& to, int64_t rows
   return false;
 }
 
+at::TensorOptions contiguous(const at::Tensor& like) {
+  return like.options().memory_format(at::MemoryFormat::Contiguous);
+}
+
+// Whether a kernel reads these NCHW tensors and writes NCHW: else they are made NHWC, and the result is made
+// NCHW again.
+bool stays_nchw(Conv2dDirection direction, Conv2dParams& p, bool channels_last, const at::Tensor& a,
+                const at::Tensor& b) {
+#if !defined(CUDA_CNN_EMULATED)
+  p.nchw = !channels_last && a.is_cpu() && a.is_contiguous() && b.is_contiguous();
+  p.nchw = p.nchw && cpu::conv2d_choose(direction, p) == Conv2dAlgorithm::kGemmNchw;
+#endif
+  return p.nchw;
+}
+
 }  // namespace
 
 void check_geometry(const Geometry& g) {
@@ -164,9 +179,10 @@ at::Tensor attach_workspace(Conv2dDirection, Conv2dParams&, const at::Tensor&) {
 at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef x,
                           const Geometry& geometry, bool channels_last) {
   Conv2dParams p = make_params(dy, x, weight.sizes(), geometry);
-  at::Tensor dx = empty_nhwc(x, dy.options(), channels_last);
+  const bool nchw = stays_nchw(Conv2dDirection::kInputGrad, p, channels_last, dy, weight);
+  at::Tensor dx = nchw ? empty_result(x, contiguous(dy)) : empty_nhwc(x, dy.options(), channels_last);
   if (dx.numel() == 0) return in_format(dx, channels_last);
-  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), filter = dense_nhwc(weight);
+  const at::Tensor grad = nchw ? dy : to_nhwc(dy, &p.y_pixel), filter = nchw ? weight : dense_nhwc(weight);
   p.dy = data(grad);
   p.weight = data(filter);
   p.dx = mutable_data(dx);
@@ -178,14 +194,16 @@ at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::In
 at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef weight,
                            const Geometry& geometry, bool channels_last, const InputMap& map) {
   Conv2dParams p = make_params(dy, x.sizes(), weight, geometry);
-  at::Tensor dweight = empty_nhwc(weight, dy.options(), channels_last);
-  if (dweight.numel() == 0) return in_format(dweight, channels_last);
-  const at::Tensor grad = to_nhwc(dy, &p.y_pixel), input = to_nhwc(x, &p.x_pixel);
-  p.dy = data(grad);
-  p.x = data(input);
+  p.in_relu = map.relu;
   p.in_scale = map.scale.defined() ? data(map.scale) : nullptr;
   p.in_shift = map.shift.defined() ? data(map.shift) : nullptr;
-  p.in_relu = map.relu;
+  const bool nchw = stays_nchw(Conv2dDirection::kWeightGrad, p, channels_last, dy, x);
+  at::Tensor dweight =
+      nchw ? empty_result(weight, contiguous(dy)) : empty_nhwc(weight, dy.options(), channels_last);
+  if (dweight.numel() == 0) return in_format(dweight, channels_last);
+  const at::Tensor grad = nchw ? dy : to_nhwc(dy, &p.y_pixel), input = nchw ? x : to_nhwc(x, &p.x_pixel);
+  p.dy = data(grad);
+  p.x = data(input);
   p.dweight = mutable_data(dweight);
   const at::Tensor workspace = attach_workspace(Conv2dDirection::kWeightGrad, p, dy);
   CUDA_CNN_LAUNCH(dy, conv2d_weight_grad, p);
@@ -214,9 +232,11 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::opti
   Conv2dParams p = make_params(x, x.sizes(), weight.sizes(), geometry);
   const bool channels_last =
       x.numel() > 0 && (is_channels_last(format_of(x)) || is_channels_last(format_of(weight)));
-  at::Tensor y = empty_nhwc({p.N, p.K, p.P, p.Q}, x.options(), channels_last);
+  const int64_t shape[] = {p.N, p.K, p.P, p.Q};
+  const bool nchw = stays_nchw(Conv2dDirection::kForward, p, channels_last, x, weight);
+  at::Tensor y = nchw ? empty_result(shape, contiguous(x)) : empty_nhwc(shape, x.options(), channels_last);
   if (y.numel() == 0) return in_format(y, channels_last);
-  const at::Tensor input = to_nhwc(x, &p.x_pixel), filter = dense_nhwc(weight);
+  const at::Tensor input = nchw ? x : to_nhwc(x, &p.x_pixel), filter = nchw ? weight : dense_nhwc(weight);
   const at::Tensor shift = bias ? bias->contiguous() : at::Tensor();
   p.x = data(input);
   p.weight = data(filter);
@@ -269,9 +289,11 @@ std::pair<Conv2dDirection, Conv2dParams> named_call(c10::string_view direction, 
 // The name of the algorithm that a CPU would take.
 std::string conv2d_algorithm(c10::string_view direction, at::IntArrayRef input_size,
                              at::IntArrayRef weight_size, at::IntArrayRef stride, at::IntArrayRef padding,
-                             at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype, bool mapped) {
-  const auto [which, p] =
+                             at::IntArrayRef dilation, int64_t groups, at::ScalarType dtype, bool mapped,
+                             bool nchw) {
+  auto [which, p] =
       named_call(direction, input_size, weight_size, {stride, padding, dilation, groups}, dtype, mapped);
+  p.nchw = nchw;
   return cpu::conv2d_algorithm_name(cpu::conv2d_choose(which, p));
 }
 
@@ -326,7 +348,7 @@ TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
 #if !defined(CUDA_CNN_EMULATED)
   library.def(
       "conv2d_algorithm(str direction, int[] input_size, int[] weight_size, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, ScalarType dtype, bool mapped=False) -> str",
+      "int[2] dilation, int groups, ScalarType dtype, bool mapped=False, bool nchw=False) -> str",
       &conv2d_algorithm);
   library.def("conv2d_set_algorithm(str name) -> bool", &conv2d_set_algorithm);
   library.def("conv2d_allow_winograd(bool allowed) -> ()", &conv2d_allow_winograd);

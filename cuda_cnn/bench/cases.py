@@ -180,7 +180,7 @@ class Problem:
         pairs = [(a[key],) * 2 for key in ("stride", "padding")]
         wanted = _DIRECTIONS.values() if direction == "full" else [_DIRECTIONS[direction]]
         rest = (*pairs, (1, 1), a["groups"], dtype_of(self.dtype))
-        taken = [conv2d_algorithm(d, *shapes, *rest) for d in wanted]
+        taken = [conv2d_algorithm(d, *shapes, *rest, nchw=self.layout == "contiguous") for d in wanted]
         return "/".join(dict.fromkeys(taken))
 
     # ---- Verification -------------------------------------------------------------------------------------

@@ -90,15 +90,19 @@ def algorithm(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     mapped: bool = False,
+    nchw: bool = False,
 ) -> str:
     """The algorithm that a CPU takes for "forward", "input_grad" or "weight_grad" of these sizes, or the kernel of a
     build with CUDA: "few_channels", "product 128x64, async, tensor cores".
 
-    mapped: with the map of conv2d_fused on the load."""
+    mapped: with the map of conv2d_fused on the load. nchw: of contiguous tensors, which a CPU's "gemm_nchw" takes as
+    they lie."""
     operators = torch.ops.cuda_cnn
-    choose = operators.conv2d_cuda_kernel if device == "cuda" else operators.conv2d_algorithm
     sizes = list(input_shape), list(weight_shape)
-    return choose(direction, *sizes, stride, padding, dilation, groups, dtype, mapped)
+    call = (direction, *sizes, stride, padding, dilation, groups, dtype, mapped)
+    return (
+        operators.conv2d_cuda_kernel(*call) if device == "cuda" else operators.conv2d_algorithm(*call, nchw)
+    )
 
 
 def _whole_numbers(name: str, values: Sequence[Any]) -> list[int]:

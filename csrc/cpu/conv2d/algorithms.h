@@ -16,13 +16,19 @@ void input_grad_reference(const Conv2dParams& p);
 template <class T>
 void weight_grad_reference(const Conv2dParams& p);
 
-// conv2d/passes.cpp, weight_grad.cpp: implicit matrix products.
+// conv2d/passes.cpp, weight_grad.cpp: implicit matrix products. The weight gradient's takes NCHW too.
 template <class T>
 void forward_gemm(const Conv2dParams& p);
 template <class T>
 void input_grad_gemm(const Conv2dParams& p);
 template <class T>
 void weight_grad_gemm(const Conv2dParams& p);
+
+// conv2d/gemm_nchw.cpp: the same for NCHW. Its input gradient is that of 1x1 filters of stride 1.
+template <class T>
+void forward_gemm_nchw(const Conv2dParams& p);
+template <class T>
+void input_grad_gemm_nchw(const Conv2dParams& p);
 
 // conv2d/few_channels.cpp: input_grad_gemm's for one group of less than a vector of channels.
 template <class T>

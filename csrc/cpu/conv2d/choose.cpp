@@ -6,7 +6,10 @@ namespace {
 
 // Fastest first; the last one takes everything.
 constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd, Conv2dAlgorithm::kDepthwise,
-                                      Conv2dAlgorithm::kGemm, Conv2dAlgorithm::kReference};
+                                      Conv2dAlgorithm::kGemmNchw, Conv2dAlgorithm::kGemm,
+                                      Conv2dAlgorithm::kReference};
+// Products a result at which packing (taps, channels) of NCHW from a cache still beats making NHWC of it.
+constexpr int64_t kNchwDepth = 512;
 
 bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
   switch (direction) {
@@ -33,6 +36,12 @@ bool narrow_groups(const Conv2dParams& p) {
   return p.K == p.C && has_kernel && channels <= vector_lanes(p.dtype);
 }
 
+// A 1x1 filter at every pixel.
+bool plain_1x1(const Conv2dParams& p) {
+  return p.R == 1 && p.S == 1 && p.stride_h == 1 && p.stride_w == 1 && p.P == p.H && p.Q == p.W &&
+         p.pad_h == 0 && p.pad_w == 0;
+}
+
 // Whether the algorithm can compute this at all.
 bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   switch (algorithm) {
@@ -41,6 +50,9 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
              p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && !empty_sum(direction, p);
     case Conv2dAlgorithm::kDepthwise:
       return narrow_groups(p) && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
+    case Conv2dAlgorithm::kGemmNchw:
+      return p.nchw && !p.in_scale && !p.in_relu && !empty_sum(direction, p) &&
+             (direction != Conv2dDirection::kInputGrad || plain_1x1(p));
     case Conv2dAlgorithm::kGemm:
       return !empty_sum(direction, p);
     case Conv2dAlgorithm::kReference:
@@ -54,6 +66,11 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
 bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   // A single group, of a few channels, is a small matrix product.
   if (algorithm == Conv2dAlgorithm::kDepthwise) return p.groups > 1 || p.C == 1;
+  // NCHW where it lies: of one tap a product's operand already, of few channels (a stem) packed from cache.
+  // With more, each pixel would be packed for every tap, and NHWC's whole pixels are worth two conversions.
+  if (algorithm == Conv2dAlgorithm::kGemmNchw) {
+    return p.P * p.Q > 1 && (p.R * p.S == 1 || p.R * p.S * p.C / p.groups <= kNchwDepth);
+  }
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;
   // A weight gradient of a few tiles is mostly the way back of its sums, 36 for each filter and channel.
   const int64_t tile = 7 - p.R, tiles = p.N * ceil_div(p.P, tile) * ceil_div(p.Q, tile);
@@ -84,6 +101,8 @@ const char* conv2d_algorithm_name(Conv2dAlgorithm algorithm) {
       return "winograd";
     case Conv2dAlgorithm::kDepthwise:
       return "depthwise";
+    case Conv2dAlgorithm::kGemmNchw:
+      return "gemm_nchw";
     case Conv2dAlgorithm::kGemm:
       return "gemm";
     case Conv2dAlgorithm::kReference:

@@ -10,7 +10,7 @@ Conv2dParams flattened(const Conv2dParams& params) {
   Conv2dParams p = params;
   const bool covers = p.P == 1 && p.Q == 1 && p.R == p.H && p.S == p.W && p.pad_h == 0 && p.pad_w == 0 &&
                       p.dilation_h == 1 && p.dilation_w == 1 && p.groups == 1 && p.x_pixel == p.C &&
-                      !p.in_scale;
+                      !p.in_scale && !p.nchw;
   if (!covers) return p;
   p.C = p.x_pixel = p.R * p.S * p.C;
   p.H = p.W = p.R = p.S = 1;
@@ -36,6 +36,9 @@ void conv2d_forward(const Conv2dParams& unflattened) {
       case Conv2dAlgorithm::kGemm:
         forward_gemm<T>(params);
         break;
+      case Conv2dAlgorithm::kGemmNchw:
+        forward_gemm_nchw<T>(params);
+        break;
       default:
         forward_reference<T>(params);
     }
@@ -56,6 +59,8 @@ void conv2d_input_grad(const Conv2dParams& unflattened) {
         return input_grad_depthwise<T>(params);
       case Conv2dAlgorithm::kGemm:
         return input_grad_gemm<T>(params);
+      case Conv2dAlgorithm::kGemmNchw:
+        return input_grad_gemm_nchw<T>(params);
       default:
         return input_grad_reference<T>(params);
     }
@@ -75,6 +80,7 @@ void conv2d_weight_grad(const Conv2dParams& unflattened) {
       case Conv2dAlgorithm::kDepthwise:
         return weight_grad_depthwise<T>(params);
       case Conv2dAlgorithm::kGemm:
+      case Conv2dAlgorithm::kGemmNchw:
         return weight_grad_gemm<T>(params);
       default:
         return weight_grad_reference<T>(params);

@@ -16,7 +16,7 @@ CUDA_CNN_INLINE void store_tile(const Vec<Acc> (&sums)[kRows][kVectors], const T
       Acc* c = out.c + i * out.step + j * kLanes<Acc>;
       Vec<Acc> value = sums[i][j];
       if (out.accumulate) value += load(c);
-      value += bias;
+      value += out.row_bias ? broadcast(out.row_bias[i]) : bias;
       if (out.residual) value += load(out.residual + i * out.residual_step + j * kLanes<Acc>);
       store(c, out.relu ? relu(value) : value);
     }

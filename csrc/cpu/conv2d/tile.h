@@ -20,7 +20,7 @@ constexpr int kTileColumns = kTileVectors * kLanes<Acc>;
 // Of A, either the depth or the rows are contiguous; the other index has step a_step.
 enum class TileOperand { kDepthContiguous, kRowContiguous };
 
-// C = [C +] A * B [+ bias] [+ residual], then max(C, 0) if relu.
+// C = [C +] A * B [+ bias or row_bias] [+ residual], then max(C, 0) if relu.
 template <class Acc>
 struct TileOutput {
   Acc* c;
@@ -30,6 +30,7 @@ struct TileOutput {
   bool relu;
   const Acc* residual = nullptr;  // as C, rows residual_step apart, or null
   int64_t residual_step = 0;
+  const Acc* row_bias = nullptr;  // a value a row, or null
 };
 
 template <class Acc>

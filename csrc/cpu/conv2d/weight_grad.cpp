@@ -5,9 +5,9 @@
 //       for a panel of dy, for a tile of (r,s,c): sums += tile
 // Each task owns its sums. Those of the chunks are added in their order. The cuts depend on the shape alone,
 // so the result does not know how many threads there were; a block's sums start at 0, so that chains stay
-// short.
+// short. Of NCHW tensors, x's rows are packed as [(c,r,s)][pixel], and dy's are transposed into their panels.
 #include "cpu/conv2d/algorithms.h"
-#include "cpu/conv2d/pack.h"
+#include "cpu/conv2d/pack_nchw.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
@@ -21,6 +21,8 @@ namespace {
 
 // A panel of dy: 8 KiB, a quarter of L1. A chain of sums, too: its error grows with the root of this.
 constexpr int64_t kBlockPixels = 64;
+constexpr int64_t kBlockPixelsNchw =
+    192;                              // both operands are packed: longer chains write sums back less often
 constexpr int64_t kRangeDepth = 448;  // x's block: 64 * 448 * 4 bytes = 112 KiB, a quarter of a small L2
 constexpr int64_t kTasks = 8;
 constexpr int64_t kWorthATask = 200000;  // multiply-adds
@@ -32,7 +34,8 @@ int64_t even_cut(int64_t wanted, int64_t most) {
   return cut;
 }
 
-WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int64_t groups) {
+WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int64_t groups,
+                              int64_t block_pixels) {
   const int64_t work = pixels * depth * panels * 32 * groups;
   const int64_t tasks = max64(1, min64(kTasks, work / kWorthATask));
   WeightGradCut cut{};
@@ -41,7 +44,7 @@ WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int
   cut.range = ceil_div(ceil_div(depth, cut.ranges), kTileRows) * kTileRows;
   cut.ranges = ceil_div(depth, cut.range);
   // Another part packs x again: pixels * depth. Another chunk writes, reads and adds its sums: depth * k.
-  const int64_t most_parts = panels / 2, most_chunks = pixels / (2 * kBlockPixels);
+  const int64_t most_parts = panels / 2, most_chunks = pixels / (2 * block_pixels);
   const int64_t wanted = ceil_div(tasks, cut.ranges * groups);
   if (pixels < 3 * 32 * panels) {
     cut.parts = even_cut(wanted, most_parts);
@@ -51,7 +54,7 @@ WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int
     cut.parts = even_cut(ceil_div(wanted, cut.chunks), most_parts);
   }
   cut.chunk = ceil_div(pixels, cut.chunks);
-  cut.block = ceil_div(cut.chunk, ceil_div(cut.chunk, kBlockPixels));
+  cut.block = ceil_div(cut.chunk, ceil_div(cut.chunk, block_pixels));
   return cut;
 }
 
@@ -60,6 +63,7 @@ struct WeightGradTask {
   Gather<T> gather;  // of the group
   const T* dy;
   int64_t dy_pixel, outputs;
+  const T* nchw_end;  // of x, which is NCHW, as dy is; or null
   int64_t pixel_begin, pixel_end, block, d_begin, d_end, panel_begin, panel_end;
   Accumulator<T>* sums;  // [panel][depth][kTileColumns] of the group
   T* dweight;            // of the group, where this task sums all pixels; or null
@@ -90,16 +94,34 @@ Prefetch prefetch_rows(const T* rows, int64_t pixel, int64_t columns, int64_t co
   return {reinterpret_cast<const char*>(rows), pixel * size, columns * size, count};
 }
 
+// The panel of dy's channels from k on: pixels [pixel, pixel + count).
+template <class T>
+void pack_dy(const WeightGradTask<T>& t, int64_t pixel, int64_t count, int64_t k, Accumulator<T>* panel) {
+  if (!t.nchw_end) {
+    return pack_panel(t.dy + pixel * t.dy_pixel + k, t.dy_pixel, t.outputs - k, count, panel);
+  }
+  const int64_t plane = t.gather.P * t.gather.Q;
+  for (int64_t i = 0, length; i < count; i += length) {
+    const int64_t n = (pixel + i) / plane, q = (pixel + i) % plane;
+    length = min64(count - i, plane - q);
+    pack_panel_transposed(t.dy + (n * t.dy_pixel + k) * plane + q, plane, t.outputs - k, length,
+                          panel + i * kTileColumns<Accumulator<T>>);
+  }
+}
+
 template <class T>
 void accumulate(const WeightGradTask<T>& t) {
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
   // With rows of 2 KiB or more too many of a block would share a cache set.
-  const bool in_place = t.gather.is_matrix() && t.gather.pixel < 512;
-  const int64_t packed_step = ceil_div(t.d_end - t.d_begin, kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
+  const bool nchw = t.nchw_end, in_place = !nchw && t.gather.is_matrix() && t.gather.pixel < 512;
+  const int64_t packed_rows = nchw ? t.d_end - t.d_begin : t.block;
+  const int64_t packed_columns = nchw ? t.block : t.d_end - t.d_begin;
+  const int64_t packed_step = ceil_div(packed_columns, kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
   const int64_t step = in_place ? t.gather.pixel : packed_step;
-  Acc* packed = in_place ? nullptr : workspace<Acc>(Workspace::kA, t.block * step);
+  Acc* packed = in_place ? nullptr : workspace<Acc>(Workspace::kA, packed_rows * step);
   Acc* b = workspace<Acc>(Workspace::kB, t.block * kColumns);
+  const TileOperand operand = nchw ? TileOperand::kDepthContiguous : TileOperand::kRowContiguous;
   const int64_t depth = t.gather.depth(), d_count = t.d_end - t.d_begin;
   // Sums of a single block are done with at once, and stay in cache.
   const bool single = t.dweight && t.pixel_end - t.pixel_begin <= t.block;
@@ -109,21 +131,24 @@ void accumulate(const WeightGradTask<T>& t) {
     const int64_t count = min64(t.pixel_end - pixel, t.block);
     const int64_t next = pixel + count, next_count = min64(t.pixel_end - next, t.block);
     const Acc* a = packed;
-    if (in_place) {
+    if (nchw) {
+      pack_planes(t.gather, t.nchw_end, pixel, count, t.d_begin, t.d_end, {packed, t.block, step, 0});
+    } else if (in_place) {
       a = reinterpret_cast<const Acc*>(t.gather.source) + pixel * step + t.d_begin;
     } else {
       pack_positions(t.gather, pixel, count, t.d_begin, t.d_end, packed, step);
     }
     Prefetch next_x = prefetch_rows(a + count * step, step, d_count, in_place ? next_count : 0);
     Prefetch next_dy = prefetch_rows(t.dy + next * t.dy_pixel + t.panel_begin * kColumns, t.dy_pixel,
-                                     (t.panel_end - t.panel_begin) * kColumns, next_count);
+                                     (t.panel_end - t.panel_begin) * kColumns, nchw ? 0 : next_count);
     for (int64_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
       const int64_t k = panel * kColumns;
-      pack_panel(t.dy + pixel * t.dy_pixel + k, t.dy_pixel, t.outputs - k, count, b);
+      pack_dy(t, pixel, count, k, b);
       Acc* sums = single ? single_sums : t.sums + (panel * depth + t.d_begin) * kColumns;
       for (int64_t d = 0; d < d_count; d += kTileRows) {
-        find_tile<Acc>(TileOperand::kRowContiguous, min64(d_count - d, kTileRows), t.outputs - k)(
-            a + d, step, b, count, {sums + d * kColumns, kColumns, nullptr, pixel > t.pixel_begin, false});
+        find_tile<Acc>(operand, min64(d_count - d, kTileRows), t.outputs - k)(
+            a + d * (nchw ? step : 1), step, b, count,
+            {sums + d * kColumns, kColumns, nullptr, pixel > t.pixel_begin, false});
         next_x.lines(16);
         next_dy.lines(16);
       }
@@ -152,18 +177,22 @@ void weight_grad_gemm(const Conv2dParams& p) {
   const int64_t outputs = p.K / p.groups, pixels = p.N * p.P * p.Q;
   const Gather<T> gather = forward_gather<T>(p);
   const T* dy = static_cast<const T*>(p.dy);
+  const T* nchw_end = p.nchw ? gather.source + p.N * p.C * p.H * p.W : nullptr;
+  const int64_t dy_channel = p.nchw ? p.P * p.Q : 1;
   const int64_t depth = gather.depth(), panels = ceil_div(outputs, kColumns);
   const int64_t panel_size = depth * kColumns, group_size = panels * panel_size,
                 chunk_size = p.groups * group_size;
-  const WeightGradCut cut = cut_weight_grad(pixels, depth, panels, p.groups);
-  Acc* sums = workspace<Acc>(Workspace::kShared, pixels <= kBlockPixels ? 0 : cut.chunks * chunk_size);
+  const int64_t block_pixels = p.nchw ? kBlockPixelsNchw : kBlockPixels;
+  const WeightGradCut cut = cut_weight_grad(pixels, depth, panels, p.groups, block_pixels);
+  Acc* sums = workspace<Acc>(Workspace::kShared, pixels <= block_pixels ? 0 : cut.chunks * chunk_size);
 
   parallel_for(cut.tasks(p.groups), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % cut.parts, range = task / cut.parts % cut.ranges;
       const int64_t group = task / (cut.parts * cut.ranges) % p.groups;
       const int64_t chunk = task / (cut.parts * cut.ranges * p.groups);
-      WeightGradTask<T> t{gather.of_group(group), dy + group * outputs, p.y_pixel, outputs};
+      WeightGradTask<T> t{p.nchw ? planes_of_group(gather, group) : gather.of_group(group),
+                          dy + group * outputs * dy_channel, p.y_pixel, outputs, nchw_end};
       t.pixel_begin = chunk * cut.chunk, t.pixel_end = min64(pixels, t.pixel_begin + cut.chunk);
       t.block = cut.block;
       t.d_begin = range * cut.range, t.d_end = min64(depth, t.d_begin + cut.range);
