@@ -10,6 +10,7 @@ constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd, Conv2dAlgorith
                                       Conv2dAlgorithm::kReference};
 // Products a result at which packing (taps, channels) of NCHW from a cache still beats making NHWC of it.
 constexpr int64_t kNchwDepth = 512;
+constexpr int64_t kNchwPixels = 128;
 
 bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
   switch (direction) {
@@ -69,6 +70,8 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
   // NCHW where it lies: of one tap a product's operand already, of few channels (a stem) packed from cache.
   // With more, each pixel would be packed for every tap, and NHWC's whole pixels are worth two conversions.
   if (algorithm == Conv2dAlgorithm::kGemmNchw) {
+    // The input gradient's weights are packed there too, 24 bytes at a time: few pixels do not pay that back.
+    if (direction == Conv2dDirection::kInputGrad && p.N * p.P * p.Q < kNchwPixels) return false;
     return p.P * p.Q > 1 && (p.R * p.S == 1 || p.R * p.S * p.C / p.groups <= kNchwDepth);
   }
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;

@@ -2,8 +2,9 @@
 // output channels, its columns positions, which is how y lies in memory. Of x no other layout is made.
 //   for a block of positions and a range of output channels (a task)
 //     pack the positions' panels                    B: the whole depth, kBlockBytes, stays in L2
-//     for a tile of channels, for a panel           A: the weights as they lie, [channel][depth]
-//       y = tile * panel
+//     for a few tiles of channels                   A: the weights as they lie, [channel][depth]
+//       for a chain of the depth, for a panel, for each of those tiles
+//         y += tile * panel
 // Panels begin at multiples of kTileColumns, so the bits do not depend on the blocks.
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/pack_nchw.h"
@@ -12,10 +13,12 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 344064;
-constexpr int64_t kLeastPanels = 4;    // of a block: the weights are read once for each block
-constexpr int64_t kManyPanels = 16;    // for each thread: they share them evenly enough
-constexpr int64_t kLongChain = 192;    // products summed in registers before they join the rest
+constexpr int64_t kBlockBytes = 200000;
+constexpr int64_t kGroupTiles = 2;   // rows that share what they read of a panel, while it is in L1
+constexpr int64_t kLeastPanels = 4;  // of a block: the weights are read once for each block
+constexpr int64_t kManyPanels = 16;  // for each thread: they share them evenly enough
+constexpr int64_t kLongChain = 256;  // products summed in registers before they join the rest
+constexpr int64_t kPackDepth = 32;
 constexpr int64_t kPackGrain = 65536;  // elements whose packing is worth a second thread
 constexpr int64_t kSmall = 200000;     // multiply-adds that are not worth a second thread
 
@@ -25,18 +28,21 @@ constexpr int64_t packed_tile(int64_t depth) {
   return depth * kTileRows + kLanes<T>;
 }
 
+// In the order of kPackDepth rows at a time: a cache line of them serves several tiles.
 template <class T>
 void pack_rows(const T* weight, int64_t groups, int64_t depth, int64_t rows, Accumulator<T>* packed) {
   const int64_t tiles = ceil_div(rows, kTileRows);
   const T* end = weight + groups * depth * rows;
   parallel_for(groups * tiles, ceil_div(kPackGrain, depth * kTileRows), [&](int64_t begin, int64_t last) {
-    for (int64_t i = begin; i < last; ++i) {
-      const T* from = weight + i / tiles * depth * rows + i % tiles * kTileRows;
-      Accumulator<T>* to = packed + i * packed_tile<T>(depth);
-      for (int64_t d = 0; d < depth; ++d, from += rows, to += kTileRows) {
-        for (int64_t j = 0; j < kTileRows; j += kLanes<T>) {
-          const int64_t left = end - from - j;
-          if (left > 0) store(to + j, left >= kLanes<T> ? load(from + j) : load_first(from + j, left));
+    for (int64_t first = 0; first < depth; first += kPackDepth) {
+      for (int64_t i = begin; i < last; ++i) {
+        const T* from = weight + (i / tiles * depth + first) * rows + i % tiles * kTileRows;
+        Accumulator<T>* to = packed + i * packed_tile<T>(depth) + first * kTileRows;
+        for (int64_t d = first; d < min64(depth, first + kPackDepth); ++d, from += rows, to += kTileRows) {
+          for (int64_t j = 0; j < kTileRows; j += kLanes<T>) {
+            const int64_t left = end - from - j;
+            if (left > 0) store(to + j, left >= kLanes<T> ? load(from + j) : load_first(from + j, left));
+          }
         }
       }
     }
@@ -85,28 +91,32 @@ struct PlanesProduct {
     const TileOperand operand = packed_rows ? TileOperand::kRowContiguous : TileOperand::kDepthContiguous;
     const int64_t a_step = packed_rows ? kTileRows : depth, depth_step = packed_rows ? kTileRows : 1;
     Acc* packed = workspace<Acc>(Workspace::kA, panels * panel_step);
-    Acc* sums = workspace<Acc>(Workspace::kB, (kTileRows + 1) * kColumns);
+    Acc* sums = workspace<Acc>(Workspace::kB, panels * kGroupTiles * kTileRows * kColumns);
     pack_planes(planes_of_group(gather, group), gather.source + N * gather.pixel * gather.H * gather.W,
                 position, count, 0, depth, {packed, kColumns, kColumns, panel_step});
-    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-      const int64_t row_count = min64(row_end - row, kTileRows), channel = group * rows + row;
-      const Acc* a = packed_rows ? weights + (group * ceil_div(rows, kTileRows) + row / kTileRows) *
-                                                 packed_tile<T>(depth)
-                                 : weights + channel * depth;
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t at = position + panel * kColumns, columns = min64(count - panel * kColumns, kColumns);
-        const bool direct =
-            sizeof(T) == sizeof(Acc) && columns == kColumns && at % planes() + kColumns <= planes();
-        TileOutput<Acc> c{sums, kColumns, nullptr, false, false};
-        if (direct) c.c = reinterpret_cast<Acc*>(place(channel, at)), c.step = planes();
-        const Tile<Acc> tile = find_tile<Acc>(operand, row_count, columns);
-        for (int64_t d = 0; d < depth; d += chain) {
-          c.accumulate = d > 0;
-          c.row_bias = bias && d + chain >= depth ? bias + channel : nullptr;
-          tile(a + d * depth_step, a_step, packed + panel * panel_step + d * kColumns,
-               min64(chain, depth - d), c);
+    const int64_t group_rows = kGroupTiles * kTileRows;
+    for (int64_t first = row_begin; first < row_end; first += group_rows) {
+      const int64_t last = min64(first + group_rows, row_end);
+      for (int64_t d = 0; d < depth; d += chain) {
+        const bool ends = d + chain >= depth;
+        for (int64_t panel = 0; panel < panels; ++panel) {
+          const int64_t at = position + panel * kColumns, columns = min64(count - panel * kColumns, kColumns);
+          const bool direct =
+              sizeof(T) == sizeof(Acc) && columns == kColumns && at % planes() + kColumns <= planes();
+          TileOutput<Acc> c{sums + panel * group_rows * kColumns, kColumns, nullptr, d > 0, false};
+          if (direct) c.c = reinterpret_cast<Acc*>(place(group * rows + first, at)), c.step = planes();
+          for (int64_t row = first; row < last; row += kTileRows, c.c += kTileRows * c.step) {
+            const int64_t row_count = min64(last - row, kTileRows), channel = group * rows + row;
+            const Acc* a = packed_rows ? weights + (group * ceil_div(rows, kTileRows) + row / kTileRows) *
+                                                       packed_tile<T>(depth)
+                                       : weights + channel * depth;
+            c.row_bias = bias && ends ? bias + channel : nullptr;
+            find_tile<Acc>(operand, row_count, columns)(a + d * depth_step, a_step,
+                                                        packed + panel * panel_step + d * kColumns,
+                                                        min64(chain, depth - d), c);
+            if (ends && !direct) scatter(c.c, channel, row_count, at, columns);
+          }
         }
-        if (!direct) scatter(sums, channel, row_count, at, columns);
       }
     }
   }
