@@ -151,6 +151,28 @@ template <>
 CUDA_CNN_INLINE void store_first<float>(float* p, Vec<float> v, int64_t count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
 }
+#elif defined(CUDA_CNN_ISA_AVX2)
+template <>
+CUDA_CNN_INLINE Vec<float> load_first<float>(const float* p, int64_t count) {
+  static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_maskload_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMask + 8 - count)));
+}
+// In halves: AMD's masked store takes longer than these three.
+template <>
+CUDA_CNN_INLINE void store_first<float>(float* p, Vec<float> v, int64_t count) {
+  __m128 half = _mm256_castps256_ps128(v);
+  if (count & 4) {
+    _mm_storeu_ps(p, half);
+    half = _mm256_extractf128_ps(v, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p), half);
+    half = _mm_movehl_ps(half, half);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, half);
+}
 #endif
 
 // a * b + c, rounded once where the instruction set has it.

@@ -16,7 +16,8 @@ void input_grad_reference(const Conv2dParams& p);
 template <class T>
 void weight_grad_reference(const Conv2dParams& p);
 
-// conv2d/passes.cpp, weight_grad.cpp: implicit matrix products. The weight gradient's takes NCHW too.
+// conv2d/passes.cpp, few_channels_forward.cpp, weight_grad.cpp: implicit matrix products. The weight
+// gradient's takes NCHW too.
 template <class T>
 void forward_gemm(const Conv2dParams& p);
 template <class T>
@@ -39,7 +40,7 @@ void forward_winograd(const Conv2dParams& p);
 void input_grad_winograd(const Conv2dParams& p);
 void weight_grad_winograd(const Conv2dParams& p);
 
-// conv2d/depthwise.cpp: groups of one channel, one filter each.
+// conv2d/depthwise.cpp, depthwise_weight_grad.cpp: groups of a vector of channels at most, as many filters.
 template <class T>
 void forward_depthwise(const Conv2dParams& p);
 template <class T>

@@ -2,71 +2,55 @@
 // product, lanes are output channels. With c channels a group,
 //   y[k] = sum over taps, i < c of  w[tap][i][k] * x[k - k % c + i]
 // and the vector of that x is a shuffle of the vector x[k]: itself where c = 1.
-//   forward, input gradient: a few neighbouring output pixels share each tap's weights in a register
-//   weight gradient: a task sums a block of output rows for every tap and channel; blocks are added in order
-// Two vectors of channels at a time: with AVX2 that is a cache line, so that pixels which share a cache set
-// (512 channels and more) are read once.
+// Forward and input gradient: a few neighbouring output pixels share each tap's weights in a register. Two
+// vectors of channels at a time: with AVX2 that is a cache line, so that pixels which share a cache set (512
+// channels and more) are read once. Memory is the bound, and the rows that come next are asked for meanwhile.
+#include "cpu/conv2d/depthwise.h"
+
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/gemm.h"
-#include "cpu/conv2d/transpose.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int kRun = 4;            // output pixels at a time; two vectors of them hide the latency
-constexpr int kTapRun = 3;         // taps of a row at a time in the weight gradient
-constexpr int64_t kGrain = 65536;  // multiply-adds worth a thread
-constexpr int64_t kRowTasks = 32;
+constexpr int kRun = 4;  // output pixels at a time; two vectors of them hide the latency
 
-// p[j] for the vectors of a step, `left` channels of them in use.
-template <class T, int kVectors>
-CUDA_CNN_INLINE Vec<Accumulator<T>> load_vector(const T* p, int j, int64_t left) {
-  p += j * kLanes<T>;
-  return kVectors > 1 || left >= kLanes<T> ? load(p) : load_first(p, left);
-}
+// Tap (r, s) of a correlation lies `first + r*step_r + s*step_s` behind a panel's start.
+template <class Acc>
+struct NarrowFilters {
+  const Acc* panels;
+  int64_t panel_size, first, step_r, step_s;
 
-// Lane k holds lane i of the kChannels lanes around k.
-template <class Acc, int kChannels, int i>
-CUDA_CNN_INLINE Vec<Acc> spread(Vec<Acc> x) {
-  if constexpr (kChannels == 1) {
-    return x;
-  } else {
-#if defined(__clang__)  // has no __builtin_shuffle, and finds the shuffle in this by itself
-    Vec<Acc> out = {};
-    for (int k = 0; k < kLanes<Acc>; ++k) out[k] = x[k / kChannels * kChannels + i];
-    return out;
-#else
-    typedef typename LaneIndexOf<Acc>::type Index __attribute__((vector_size(kVectorBytes)));
-    Index index = {};
-#pragma GCC unroll 16
-    for (int k = 0; k < kLanes<Acc>; ++k) index[k] = k / kChannels * kChannels + i;
-    return __builtin_shuffle(x, index);
-#endif
+  const Acc* of_channel(int64_t c) const {
+    return panels + c / kTileColumns<Acc> * panel_size + c % kTileColumns<Acc> + first;
   }
-}
-
-// The range of taps whose input lies inside [0, extent), for an output that starts to read at `start`.
-CUDA_CNN_INLINE void clip(int64_t start, int64_t step, int64_t extent, int64_t taps, int64_t* begin,
-                          int64_t* end) {
-  *begin = start < 0 ? min64(ceil_div(-start, step), taps) : 0;
-  *end = start >= extent ? *begin : max64(*begin, min64(taps, (extent - 1 - start) / step + 1));
-}
-
-struct Taps {
-  int64_t r_begin, r_end, s_begin, s_end;
 };
 
-// sums[pixel] += weights * x[pixel * step], for the channels i and up of the groups.
-template <class T, int kChannels, int kPixels, int kVectors, int i = 0>
-CUDA_CNN_INLINE void add_tap(Vec<Accumulator<T>> (&sums)[kPixels][kVectors], const T* x, int64_t step,
-                             const Accumulator<T>* weights, int64_t width, int64_t left) {
+// A run of outputs: its first pixel's column w0 and source, the rows of taps inside the image.
+template <class T>
+struct Run {
+  const Gather<T>& g;
+  const Scatter<T>& to;
+  int64_t r_begin, r_end, w0;
+  const T* source;
+  int64_t out_pixel;
+};
+
+// sums[pixel] += weights * x[pixel * step], for the channels i and up of the groups. At an edge, columns
+// (from w on) outside the image are left out.
+template <class T, int kChannels, int kPixels, int kVectors, bool kEdge, int i = 0>
+CUDA_CNN_INLINE void add_tap(Vec<Accumulator<T>> (&sums)[kPixels][kVectors], const Gather<T>& g, const T* x,
+                             int64_t w, const Accumulator<T>* weights, int64_t left) {
   using Acc = Accumulator<T>;
   Vec<Acc> weight[kVectors];
 #pragma GCC unroll 2
   for (int j = 0; j < kVectors; ++j) weight[j] = load(weights + j * kLanes<T>);
-  const T* pixel = x;
+  const int64_t step = g.stride_w * g.pixel;
 #pragma GCC unroll 4
-  for (int n = 0; n < kPixels; ++n, pixel += step) {
+  for (int n = 0; n < kPixels; ++n) {
+    const int64_t column = w + n * g.stride_w;
+    const T* pixel = x + n * step;
+    if (kEdge && (column < 0 || column >= g.W)) continue;
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
       const Vec<Acc> value = spread<Acc, kChannels, i>(load_vector<T, kVectors>(pixel, j, left));
@@ -74,38 +58,67 @@ CUDA_CNN_INLINE void add_tap(Vec<Accumulator<T>> (&sums)[kPixels][kVectors], con
     }
   }
   if constexpr (i + 1 < kChannels) {
-    add_tap<T, kChannels, kPixels, kVectors, i + 1>(sums, x, step, weights + width, width, left);
+    add_tap<T, kChannels, kPixels, kVectors, kEdge, i + 1>(sums, g, x, w, weights + kTileColumns<Acc>, left);
   }
 }
 
-// kPixels neighbouring outputs of one row, kVectors of channels from c on; source and out_pixel are the
-// first.
-template <class T, int kChannels, int kPixels, int kVectors>
-void outputs(const Gather<T>& g, const Scatter<T>& to, const Accumulator<T>* weights, int64_t width,
-             int64_t c, int64_t left, const Taps& taps, const T* source, int64_t out_pixel) {
+// Bias, residual and ReLU of vector j of a pixel.
+template <class T, int kVectors>
+CUDA_CNN_INLINE Vec<Accumulator<T>> finished(const Scatter<T>& to, Vec<Accumulator<T>> value, int64_t pixel,
+                                             int64_t c, int j, int64_t left) {
+  if (to.bias) value += load_vector<T, kVectors>(to.bias + c, j, left);
+  if (to.residual) value += load_vector<T, kVectors>(to.residual + pixel * to.residual_pixel + c, j, left);
+  return to.relu ? relu(value) : value;
+}
+
+// Asks for the rows of the source that the outputs below these will read first.
+template <class T, int kPixels>
+CUDA_CNN_INLINE void prefetch_below(const Gather<T>& g, const T* x) {
+  const int64_t row_step = g.W * g.pixel, step = g.stride_w * g.pixel;
+  x += ((g.R - 1) * g.tap_h + 1) * row_step;
+  for (int64_t h = 0; h < g.stride_h; ++h, x += row_step) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kPixels; ++n) __builtin_prefetch(x + n * step);
+    if (g.stride_w == 1) continue;
+#pragma GCC unroll 4
+    for (int n = 0; n < kPixels; ++n) __builtin_prefetch(x + g.pixel + n * step);
+  }
+}
+
+// kPixels outputs, kVectors of channels from c on.
+template <class T, int kChannels, int kPixels, int kVectors, bool kEdge>
+CUDA_CNN_INLINE void outputs(const Run<T>& run, const NarrowFilters<Accumulator<T>>& filters, int64_t c,
+                             int64_t left) {
   using Acc = Accumulator<T>;
+  const Gather<T>& g = run.g;
+  const Scatter<T>& to = run.to;
+  prefetch_below<T, kPixels>(g, run.source + c);
   Vec<Acc> sums[kPixels][kVectors] = {};
-  for (int64_t r = taps.r_begin; r < taps.r_end; ++r) {
-    for (int64_t s = taps.s_begin; s < taps.s_end; ++s) {
-      add_tap<T, kChannels, kPixels, kVectors>(sums, source + (r * g.tap_h * g.W + s * g.tap_w) * g.pixel + c,
-                                               g.stride_w * g.pixel,
-                                               weights + (r * g.S + s) * kChannels * width + c, width, left);
+  const int64_t tap_w = g.tap_w * g.pixel, tap_h = g.tap_h * g.W * g.pixel;
+  const T* x_row = run.source + c + run.r_begin * tap_h;
+  const Acc* weights_row = filters.of_channel(c) + run.r_begin * filters.step_r;
+  for (int64_t r = run.r_begin; r < run.r_end; ++r, x_row += tap_h, weights_row += filters.step_r) {
+    const T* x = x_row;
+    const Acc* weights = weights_row;
+    for (int64_t s = 0; s < g.S; ++s, x += tap_w, weights += filters.step_s) {
+      opaque(x);
+      add_tap<T, kChannels, kPixels, kVectors, kEdge>(sums, g, x, run.w0 + s * g.tap_w, weights, left);
     }
   }
+  T* out = to.out + run.out_pixel * to.pixel + c;
+  const int64_t out_step = to.step_w * to.pixel, out_below = to.step_h * to.W * to.pixel;
+  const bool mapped = to.bias || to.residual || to.relu;
 #pragma GCC unroll 4
-  for (int n = 0; n < kPixels; ++n) {
-    const int64_t pixel = out_pixel + n * to.step_w;
+  for (int n = 0; n < kPixels; ++n, out += out_step) {
+    opaque(out);
+    __builtin_prefetch(out + out_below, 1);
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      Vec<Acc> value = sums[n][j];
-      if (to.bias) value += load_vector<T, kVectors>(to.bias + c, j, left);
-      if (to.residual) {
-        value += load_vector<T, kVectors>(to.residual + pixel * to.residual_pixel + c, j, left);
-      }
-      if (to.relu) value = relu(value);
-      T* out = to.out + pixel * to.pixel + c + j * kLanes<T>;
+      const Vec<Acc> value =
+          mapped ? finished<T, kVectors>(to, sums[n][j], run.out_pixel + n * to.step_w, c, j, left)
+                 : sums[n][j];
       if (kVectors > 1 || left >= kLanes<T>) {
-        store(out, value);
+        store(out + j * kLanes<T>, value);
       } else {
         store_first(out, value, left);
       }
@@ -113,266 +126,121 @@ void outputs(const Gather<T>& g, const Scatter<T>& to, const Accumulator<T>* wei
   }
 }
 
-template <class T, int kChannels, int kPixels>
-void run_of_outputs(const Gather<T>& g, const Scatter<T>& to, const Accumulator<T>* weights, int64_t width,
-                    int64_t C, const Taps& taps, const T* source, int64_t out_pixel) {
+template <class T, int kChannels, int kPixels, bool kEdge>
+void run_of_outputs(const Run<T>& run, const NarrowFilters<Accumulator<T>>& filters, int64_t C) {
   int64_t c = 0;
   for (; c + 2 * kLanes<T> <= C; c += 2 * kLanes<T>) {
-    outputs<T, kChannels, kPixels, 2>(g, to, weights, width, c, C - c, taps, source, out_pixel);
+    outputs<T, kChannels, kPixels, 2, kEdge>(run, filters, c, C - c);
   }
-  for (; c < C; c += kLanes<T>) {
-    outputs<T, kChannels, kPixels, 1>(g, to, weights, width, c, C - c, taps, source, out_pixel);
-  }
+  for (; c < C; c += kLanes<T>) outputs<T, kChannels, kPixels, 1, kEdge>(run, filters, c, C - c);
 }
 
+// Output row `row` of all images' rows.
 template <class T, int kChannels>
-void correlate_narrow(const Gather<T>& g, const Scatter<T>& to, const Accumulator<T>* weights, int64_t width,
-                      int64_t N, int64_t C) {
-  const int64_t row_work = g.Q * (g.R * g.S * kChannels + 1) * C;
-  parallel_for(N * g.P, ceil_div(kGrain, row_work), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row / g.P, p = row % g.P, h0 = g.base_h + p * g.stride_h;
-      Taps taps;
-      clip(h0, g.tap_h, g.H, g.R, &taps.r_begin, &taps.r_end);
-      const int64_t out_row = (n * to.H + to.first_h + p * to.step_h) * to.W + to.first_w;
-      for (int64_t q = 0; q < g.Q;) {
-        const int64_t w0 = g.base_w + q * g.stride_w,
-                      last = w0 + (kRun - 1) * g.stride_w + (g.S - 1) * g.tap_w;
-        const T* source = g.source + ((n * g.H + h0) * g.W + w0) * g.pixel;
-        const int64_t out = out_row + q * to.step_w;
-        if (w0 >= 0 && last < g.W && q + kRun <= g.Q) {
-          taps.s_begin = 0, taps.s_end = g.S;
-          run_of_outputs<T, kChannels, kRun>(g, to, weights, width, C, taps, source, out);
-          q += kRun;
-        } else {
-          clip(w0, g.tap_w, g.W, g.S, &taps.s_begin, &taps.s_end);
-          run_of_outputs<T, kChannels, 1>(g, to, weights, width, C, taps, source, out);
-          ++q;
-        }
-      }
+void correlate_row(const Gather<T>& g, const Scatter<T>& to, const NarrowFilters<Accumulator<T>>& filters,
+                   int64_t row, int64_t C) {
+  const int64_t n = row / g.P, p = row % g.P, h0 = g.base_h + p * g.stride_h;
+  const int64_t out_row = (n * to.H + to.first_h + p * to.step_h) * to.W + to.first_w;
+  Run<T> run{g, to};
+  clip(h0, g.tap_h, g.H, g.R, &run.r_begin, &run.r_end);
+  // The last run overlaps the one before: some outputs are computed twice, alike.
+  for (int64_t q = 0; q < g.Q; q += g.Q >= kRun ? kRun : 1) {
+    if (g.Q >= kRun) q = min64(q, g.Q - kRun);
+    run.w0 = g.base_w + q * g.stride_w;
+    run.source = g.source + ((n * g.H + h0) * g.W + run.w0) * g.pixel;
+    run.out_pixel = out_row + q * to.step_w;
+    const bool inside = run.w0 >= 0 && run.w0 + (kRun - 1) * g.stride_w + (g.S - 1) * g.tap_w < g.W;
+    if (g.Q < kRun) {
+      run_of_outputs<T, kChannels, 1, true>(run, filters, C);
+    } else if (inside) {
+      run_of_outputs<T, kChannels, kRun, false>(run, filters, C);
+    } else {
+      run_of_outputs<T, kChannels, kRun, true>(run, filters, C);
     }
-  });
-}
-
-// The channels of a group that a kernel is made for: fn(a type with kChannels).
-template <int kCount>
-struct Channels {
-  static constexpr int kChannels = kCount;
-};
-template <class T, class Fn>
-void dispatch_channels(int64_t channels, const Fn& fn) {
-  constexpr int kMost = kLanes<T>;
-  if (channels == 1) return fn(Channels<1>{});
-  if (channels == 2) return fn(Channels<2>{});
-  if constexpr (kMost >= 4) {
-    if (channels == 4) return fn(Channels<4>{});
-  }
-  if constexpr (kMost >= 8) {
-    if (channels == 8) return fn(Channels<8>{});
   }
 }
 
-// to[tap][i][k] = w[k][tap][i] of the filters; for the input gradient with k and i exchanged, taps backwards.
+// Panels [tap][i][k] = w[k][tap][i]; for the input gradient with k and i of a group exchanged.
 template <class T>
-void pack_weights(const Conv2dParams& p, bool transposed, const Conv2dPhase& h, const Conv2dPhase& w,
-                  int64_t width, Accumulator<T>* to) {
+const Accumulator<T>* pack_narrow(const Conv2dParams& p, bool transposed) {
+  using Acc = Accumulator<T>;
+  constexpr int64_t kColumns = kTileColumns<Acc>;
+  const int64_t channels = p.C / p.groups, taps = p.R * p.S, depth = taps * channels;
   const T* weight = static_cast<const T*>(p.weight);
-  const int64_t channels = p.C / p.groups;
-  for (int64_t a = 0; a < h.taps; ++a) {
-    for (int64_t b = 0; b < w.taps; ++b) {
-      const int64_t r = transposed ? h.tap + (h.taps - 1 - a) * h.tap_step : a;
-      const int64_t s = transposed ? w.tap + (w.taps - 1 - b) * w.tap_step : b;
-      for (int64_t i = 0; i < channels; ++i, to += width) {
-        for (int64_t k = 0; k < width; ++k) {
-          const int64_t filter = transposed ? k / channels * channels + i : k;
-          const int64_t channel = transposed ? k % channels : i;
-          to[k] = k < p.C ? widen(weight[((filter * p.R + r) * p.S + s) * channels + channel]) : 0;
-        }
+  if (transposed && channels > 1) {
+    T* exchanged = workspace<T>(Workspace::kA, p.K * depth);
+    for (int64_t k = 0; k < p.K; ++k) {
+      const T* from = weight + k / channels * channels * depth + k % channels;
+      for (int64_t i = 0; i < depth; ++i) {
+        exchanged[k * depth + i] = from[i % channels * depth + i / channels * channels];
       }
     }
+    weight = exchanged;
   }
+  const int64_t panels = ceil_div(p.C, kColumns), panel_size = depth * kColumns;
+  Acc* packed = workspace<Acc>(Workspace::kShared, panels * panel_size);
+  for (int64_t i = 0; i < panels; ++i) {
+    pack_panel_transposed(weight + i * panel_size, depth, p.C - i * kColumns, depth, packed + i * panel_size);
+  }
+  return packed;
 }
 
-template <class T>
-int64_t padded_width(int64_t C) {
-  return ceil_div(C, kLanes<T>) * kLanes<T>;
+int64_t rows_a_thread(const Conv2dParams& p, int64_t row_pixels) {
+  return ceil_div(kDepthwiseGrain, row_pixels * (p.R * p.S * (p.C / p.groups) + 1) * p.C);
 }
 
 }  // namespace
 
 template <class T>
 void forward_depthwise(const Conv2dParams& p) {
-  using Acc = Accumulator<T>;
-  const int64_t width = padded_width<T>(p.C), channels = p.C / p.groups;
-  Acc* weights = workspace<Acc>(Workspace::kShared, p.R * p.S * channels * width);
-  const Conv2dPhase h{0, 0, 0, 1, p.R, 0, 0}, w{0, 0, 0, 1, p.S, 0, 0};
-  pack_weights<T>(p, false, h, w, width, weights);
+  constexpr int64_t kColumns = kTileColumns<Accumulator<T>>;
+  const int64_t channels = p.C / p.groups, tap = channels * kColumns;
+  const NarrowFilters<Accumulator<T>> filters{pack_narrow<T>(p, false), p.R * p.S * tap, 0, p.S * tap, tap};
+  const Gather<T> gather = forward_gather<T>(p);
   Scatter<T> to{static_cast<T*>(p.y), p.P, p.Q, p.y_pixel};
   to.bias = static_cast<const T*>(p.bias);
   to.residual = static_cast<const T*>(p.residual);
   to.residual_pixel = p.residual_pixel;
   to.relu = p.relu;
   dispatch_channels<T>(channels, [&](auto c) {
-    correlate_narrow<T, c.kChannels>(forward_gather<T>(p), to, weights, width, p.N, p.C);
+    parallel_for(p.N * p.P, rows_a_thread(p, p.Q), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        correlate_row<T, c.kChannels>(gather, to, filters, row, p.C);
+      }
+    });
   });
 }
 
+// A row of dx is stride_w phases, one after the other.
 template <class T>
 void input_grad_depthwise(const Conv2dParams& p) {
-  using Acc = Accumulator<T>;
-  const int64_t width = padded_width<T>(p.C), channels = p.C / p.groups;
-  Acc* weights = workspace<Acc>(Workspace::kShared, p.R * p.S * channels * width);
-  for (int64_t a = 0; a < min64(p.stride_h, p.H); ++a) {
-    const Conv2dPhase h = conv2d_phase(a, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
+  constexpr int64_t kColumns = kTileColumns<Accumulator<T>>;
+  const int64_t channels = p.C / p.groups, tap = channels * kColumns;
+  const Accumulator<T>* panels = pack_narrow<T>(p, true);
+  const auto correlate_phases = [&](auto c, int64_t n, int64_t row) {
+    const Conv2dPhase h = conv2d_phase(row % p.stride_h, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
     for (int64_t b = 0; b < min64(p.stride_w, p.W); ++b) {
       const Conv2dPhase w = conv2d_phase(b, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
-      pack_weights<T>(p, true, h, w, width, weights);
-      const Gather<T> gather{static_cast<const T*>(p.dy),
-                             p.P,
-                             p.Q,
-                             p.y_pixel,
-                             h.count,
-                             w.count,
-                             1,
-                             1,
-                             h.base - (h.taps - 1) * h.dy_step,
-                             w.base - (w.taps - 1) * w.dy_step,
-                             h.taps,
-                             w.taps,
-                             h.dy_step,
-                             w.dy_step,
-                             channels};
-      const Scatter<T> to{
-          static_cast<T*>(p.dx), p.H, p.W, p.x_pixel, h.first, w.first, p.stride_h, p.stride_w};
-      dispatch_channels<T>(
-          channels, [&](auto c) { correlate_narrow<T, c.kChannels>(gather, to, weights, width, p.N, p.C); });
+      const Gather<T> gather = phase_gather<T>(p, h, w);
+      const NarrowFilters<Accumulator<T>> filters{
+          panels, p.R * p.S * tap,
+          ((h.tap + (h.taps - 1) * h.tap_step) * p.S + w.tap + (w.taps - 1) * w.tap_step) * tap,
+          -h.tap_step * p.S * tap, -w.tap_step * tap};
+      correlate_row<T, c.kChannels>(gather, phase_scatter<T>(p, h, w), filters,
+                                    n * h.count + row / p.stride_h, p.C);
     }
-  }
-}
-
-namespace {
-
-// sums[tap][vector] += dy * x over output columns [q_begin, q_end); sums lie sum_step apart, taps x_tap.
-template <class T, int kChannels, int i, int kTaps, int kVectors>
-CUDA_CNN_INLINE void add_columns(const T* dy, int64_t dy_pixel, const T* x, int64_t x_step, int64_t x_tap,
-                                 int64_t q_begin, int64_t q_end, int64_t left, Accumulator<T>* sums,
-                                 int64_t sum_step) {
-  using Acc = Accumulator<T>;
-  Vec<Acc> totals[kTaps][kVectors];
-#pragma GCC unroll 3
-  for (int s = 0; s < kTaps; ++s) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) totals[s][j] = load(sums + s * sum_step + j * kLanes<T>);
-  }
-  dy += q_begin * dy_pixel;
-  x += q_begin * x_step;
-  for (int64_t q = q_begin; q < q_end; ++q, dy += dy_pixel, x += x_step) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      const Vec<Acc> gradient = load_vector<T, kVectors>(dy, j, left);
-#pragma GCC unroll 3
-      for (int s = 0; s < kTaps; ++s) {
-        const Vec<Acc> value = spread<Acc, kChannels, i>(load_vector<T, kVectors>(x + s * x_tap, j, left));
-        totals[s][j] = fma(gradient, value, totals[s][j]);
-      }
-    }
-  }
-#pragma GCC unroll 3
-  for (int s = 0; s < kTaps; ++s) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) store(sums + s * sum_step + j * kLanes<T>, totals[s][j]);
-  }
-}
-
-// One row of taps and kVectors of channels, for the channels i and up of the groups: first the output columns
-// where every tap of a run is inside the image, then each tap's others.
-template <class T, int kChannels, int kVectors, int i = 0>
-void add_tap_row(const Gather<T>& g, const T* dy, int64_t dy_pixel, const T* x, int64_t left,
-                 Accumulator<T>* sums, int64_t width) {
-  const int64_t x_step = g.stride_w * g.pixel, x_tap = g.tap_w * g.pixel, sum_step = kChannels * width;
-  for (int64_t s = 0; s < g.S; s += kTapRun) {
-    const int64_t taps = min64(kTapRun, g.S - s);
-    int64_t begin[kTapRun], end[kTapRun], inner_begin = 0, inner_end = g.Q;
-    for (int64_t t = 0; t < taps; ++t) {
-      clip(g.base_w + (s + t) * g.tap_w, g.stride_w, g.W, g.Q, &begin[t], &end[t]);
-      inner_begin = max64(inner_begin, begin[t]);
-      inner_end = min64(inner_end, end[t]);
-    }
-    const bool inner = taps == kTapRun && inner_begin < inner_end;
-    const T* from = x + s * x_tap;
-    Accumulator<T>* to = sums + i * width + s * sum_step;
-    if (inner) {
-      add_columns<T, kChannels, i, kTapRun, kVectors>(dy, dy_pixel, from, x_step, x_tap, inner_begin,
-                                                      inner_end, left, to, sum_step);
-    }
-    for (int64_t t = 0; t < taps; ++t, from += x_tap, to += sum_step) {
-      const int64_t middle = inner ? inner_begin : end[t];
-      add_columns<T, kChannels, i, 1, kVectors>(dy, dy_pixel, from, x_step, x_tap, begin[t], middle, left, to,
-                                                sum_step);
-      if (!inner) continue;
-      add_columns<T, kChannels, i, 1, kVectors>(dy, dy_pixel, from, x_step, x_tap, inner_end, end[t], left,
-                                                to, sum_step);
-    }
-  }
-  if constexpr (i + 1 < kChannels) {
-    add_tap_row<T, kChannels, kVectors, i + 1>(g, dy, dy_pixel, x, left, sums, width);
-  }
-}
-
-// sums[tap][i][k] += dy * x over one output row, for all channels.
-template <class T, int kChannels>
-void add_row(const Gather<T>& g, const T* dy, int64_t dy_pixel, int64_t row, int64_t C, int64_t width,
-             Accumulator<T>* sums) {
-  const int64_t n = row / g.P, p = row % g.P, h0 = g.base_h + p * g.stride_h;
-  int64_t r_begin, r_end;
-  clip(h0, g.tap_h, g.H, g.R, &r_begin, &r_end);
-  const T* dy_row = dy + row * g.Q * dy_pixel;
-  for (int64_t c = 0, vectors; c < C; c += vectors * kLanes<T>) {
-    vectors = C - c >= 2 * kLanes<T> ? 2 : 1;
-    for (int64_t r = r_begin; r < r_end; ++r) {
-      const T* x = g.source + ((n * g.H + h0 + r * g.tap_h) * g.W + g.base_w) * g.pixel + c;
-      Accumulator<T>* to = sums + r * g.S * kChannels * width + c;
-      const auto add = vectors == 2 ? add_tap_row<T, kChannels, 2> : add_tap_row<T, kChannels, 1>;
-      add(g, dy_row + c, dy_pixel, x, C - c, to, width);
-    }
-  }
-}
-
-}  // namespace
-
-template <class T>
-void weight_grad_depthwise(const Conv2dParams& p) {
-  using Acc = Accumulator<T>;
-  const Gather<T> gather = forward_gather<T>(p);
-  const int64_t width = padded_width<T>(p.C), channels = p.C / p.groups, rows = p.N * p.P;
-  const int64_t size = p.R * p.S * channels * width, work = rows * p.Q * p.R * p.S * channels * p.C;
-  const int64_t tasks = max64(1, min64(min64(rows, kRowTasks), work / kGrain));
-  Acc* sums = workspace<Acc>(Workspace::kShared, tasks * size);
-  parallel_for(tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      Acc* of_task = sums + task * size;
-      for (int64_t i = 0; i < size; ++i) of_task[i] = 0;
-      dispatch_channels<T>(channels, [&](auto c) {
-        for (int64_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
-          add_row<T, c.kChannels>(gather, static_cast<const T*>(p.dy), p.y_pixel, row, p.C, width, of_task);
-        }
-      });
-    }
+  };
+  dispatch_channels<T>(channels, [&](auto c) {
+    const int64_t row_pixels = ceil_div(p.P * p.Q, p.H);
+    parallel_for(p.N * p.H, rows_a_thread(p, row_pixels), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) correlate_phases(c, i / p.H, i % p.H);
+    });
   });
-  T* dweight = static_cast<T*>(p.dweight);
-  for (int64_t task = 1; task < tasks; ++task) {
-    for (int64_t i = 0; i < size; i += kLanes<T>)
-      store(sums + i, load(sums + i) + load(sums + task * size + i));
-  }
-  for (int64_t k = 0; k < p.K; ++k) {
-    for (int64_t i = 0; i < p.R * p.S * channels; ++i) *dweight++ = narrow<T>(sums[i * width + k]);
-  }
 }
 
-#define INSTANTIATE(T)                                        \
-  template void forward_depthwise<T>(const Conv2dParams&);    \
-  template void input_grad_depthwise<T>(const Conv2dParams&); \
-  template void weight_grad_depthwise<T>(const Conv2dParams&);
+#define INSTANTIATE(T)                                     \
+  template void forward_depthwise<T>(const Conv2dParams&); \
+  template void input_grad_depthwise<T>(const Conv2dParams&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(BFloat16)

@@ -17,10 +17,41 @@ struct Scatter {
   bool relu = false;
 };
 
+// The input gradient's phase (h, w): a correlation of stride 1 over dy.
+template <class T>
+Gather<T> phase_gather(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& w) {
+  return {static_cast<const T*>(p.dy),
+          p.P,
+          p.Q,
+          p.y_pixel,
+          h.count,
+          w.count,
+          1,
+          1,
+          h.base - (h.taps - 1) * h.dy_step,
+          w.base - (w.taps - 1) * w.dy_step,
+          h.taps,
+          w.taps,
+          h.dy_step,
+          w.dy_step,
+          p.K / p.groups};
+}
+
+template <class T>
+Scatter<T> phase_scatter(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& w) {
+  return {static_cast<T*>(p.dx), p.H, p.W, p.x_pixel, h.first, w.first, p.stride_h, p.stride_w};
+}
+
 // out = matrix(gather) * panels for each of `groups`: N*P*Q positions, `columns` channels a group.
 // panels holds [group][panel][depth][kTileColumns]; group g reads channels from g * gather.channels on.
 template <class T>
 void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumulator<T>* panels, int64_t N,
                int64_t groups, int64_t columns);
+
+// The same for one group of few channels whose taps are neighbours along a row (few_channels_forward.cpp);
+// out is `linear` and there is no residual.
+template <class T>
+void correlate_few_channels(const Gather<T>& gather, const Scatter<T>& scatter, const Accumulator<T>* panels,
+                            int64_t N, int64_t columns);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -11,19 +11,14 @@ namespace {
 // Below so many elements zeros are not worth a second thread.
 constexpr int64_t kZeroGrain = 65536;
 
-// All panels, then their product with the image's matrix.
 template <class T>
-void correlate_packed(const Conv2dParams& p, const Gather<T>& gather, const Scatter<T>& scatter,
-                      const Filters<T>& filters) {
+const Accumulator<T>* packed_filters(const Filters<T>& filters, int64_t groups) {
   using Acc = Accumulator<T>;
-  const Acc* panels = filters.packed;
-  if (!panels) {
-    const int64_t columns = ceil_div(filters.columns(), kTileColumns<Acc>) * kTileColumns<Acc>;
-    Acc* packed = workspace<Acc>(Workspace::kShared, p.groups * columns * filters.depth());
-    pack_all_filters(filters, p.groups, packed);
-    panels = packed;
-  }
-  correlate(gather, scatter, panels, p.N, p.groups, filters.columns());
+  if (filters.packed) return filters.packed;
+  const int64_t columns = ceil_div(filters.columns(), kTileColumns<Acc>) * kTileColumns<Acc>;
+  Acc* packed = workspace<Acc>(Workspace::kShared, groups * columns * filters.depth());
+  pack_all_filters(filters, groups, packed);
+  return packed;
 }
 
 template <class T>
@@ -49,31 +44,6 @@ Scatter<T> forward_scatter(const Conv2dParams& p) {
   return scatter;
 }
 
-// The input gradient's phase (h, w): a correlation of stride 1 over dy.
-template <class T>
-Gather<T> phase_gather(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& w) {
-  return {static_cast<const T*>(p.dy),
-          p.P,
-          p.Q,
-          p.y_pixel,
-          h.count,
-          w.count,
-          1,
-          1,
-          h.base - (h.taps - 1) * h.dy_step,
-          w.base - (w.taps - 1) * w.dy_step,
-          h.taps,
-          w.taps,
-          h.dy_step,
-          w.dy_step,
-          p.K / p.groups};
-}
-
-template <class T>
-Scatter<T> phase_scatter(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& w) {
-  return {static_cast<T*>(p.dx), p.H, p.W, p.x_pixel, h.first, w.first, p.stride_h, p.stride_w};
-}
-
 // Pixels of a phase that no tap reaches.
 template <class T>
 void zero_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& w) {
@@ -92,7 +62,11 @@ void zero_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& 
 
 template <class T>
 void forward_gemm(const Conv2dParams& p) {
-  correlate_packed(p, forward_gather<T>(p), forward_scatter<T>(p), make_filters<T>(p));
+  const Accumulator<T>* panels = packed_filters(make_filters<T>(p), p.groups);
+  if (p.groups == 1 && p.C < kLanes<T> && p.S > 1 && p.dilation_w == 1 && !p.residual) {
+    return correlate_few_channels(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.K);
+  }
+  correlate(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.groups, p.K / p.groups);
 }
 
 void forward_winograd(const Conv2dParams& p) {
@@ -112,7 +86,8 @@ void input_grad_gemm(const Conv2dParams& p) {
       } else {
         Filters<T> filters = make_filters<T>(p);
         filters.transposed = true, filters.h = h, filters.w = w;
-        correlate_packed(p, phase_gather<T>(p, h, w), phase_scatter<T>(p, h, w), filters);
+        correlate(phase_gather<T>(p, h, w), phase_scatter<T>(p, h, w), packed_filters(filters, p.groups), p.N,
+                  p.groups, filters.columns());
       }
     }
   }

@@ -57,11 +57,12 @@ CUDA_CNN_INLINE void join_sets(Vec<Acc> (&sums)[kSets<kVectors>][kRows][kVectors
   }
 }
 
-// Rows in threes from one pointer: row i is [p], [p + step] or [p + 2*step], which are addressing modes.
+// sums += A * B over `depth`; b is left behind what was read. Rows in threes from one pointer: row i is [p],
+// [p + step] or [p + 2*step], which are addressing modes.
 template <class Acc, int kRows, int kVectors>
-void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out) {
+CUDA_CNN_INLINE void add_depth(Vec<Acc> (&sums)[kSets<kVectors>][kRows][kVectors], const Acc* a,
+                               int64_t a_step, const Acc*& b, int64_t depth) {
   constexpr int kUnroll = 4, kGroups = (kRows + 2) / 3;
-  Vec<Acc> sums[kSets<kVectors>][kRows][kVectors] = {};
   const Acc* rows[kGroups];
 #pragma GCC unroll 5
   for (int g = 0; g < kGroups; ++g) rows[g] = a + 3 * g * a_step;
@@ -87,6 +88,21 @@ void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth,
                       [&](int i) __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_step]; });
     advance(1);
   }
+}
+
+template <class Acc, int kRows, int kVectors>
+void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out) {
+  Vec<Acc> sums[kSets<kVectors>][kRows][kVectors] = {};
+  add_depth<Acc, kRows, kVectors>(sums, a, a_step, b, depth);
+  join_sets<Acc, kRows, kVectors>(sums);
+  store_tile<Acc, kRows, kVectors>(sums[0], out);
+}
+
+template <class Acc, int kRows, int kVectors>
+void runs_contiguous(const Acc* a, int64_t a_step, int64_t runs, int64_t run, int64_t run_step, const Acc* b,
+                     const TileOutput<Acc>& out) {
+  Vec<Acc> sums[kSets<kVectors>][kRows][kVectors] = {};
+  for (; runs > 0; --runs, a += run_step) add_depth<Acc, kRows, kVectors>(sums, a, a_step, b, run);
   join_sets<Acc, kRows, kVectors>(sums);
   store_tile<Acc, kRows, kVectors>(sums[0], out);
 }
@@ -113,7 +129,8 @@ void row_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, c
 
 template <class Acc>
 struct TileTable {
-  Tile<Acc> tiles[2][2][kTileRows + 1];  // [operand][vectors - 1][rows]
+  Tile<Acc> tiles[2][2][kTileRows + 1];             // [operand][vectors - 1][rows]
+  TileOfRuns<Acc> tiles_of_runs[2][kTileRows + 1];  // [vectors - 1][rows]
 
   template <int kRows>
   constexpr void fill() {
@@ -121,9 +138,11 @@ struct TileTable {
     tiles[0][1][kRows] = depth_contiguous<Acc, kRows, 2>;
     tiles[1][0][kRows] = row_contiguous<Acc, kRows, 1>;
     tiles[1][1][kRows] = row_contiguous<Acc, kRows, 2>;
+    tiles_of_runs[0][kRows] = runs_contiguous<Acc, kRows, 1>;
+    tiles_of_runs[1][kRows] = runs_contiguous<Acc, kRows, 2>;
     if constexpr (kRows > 1) fill<kRows - 1>();
   }
-  constexpr TileTable() : tiles() { fill<kTileRows>(); }
+  constexpr TileTable() : tiles(), tiles_of_runs() { fill<kTileRows>(); }
 };
 
 template <class Acc>
@@ -136,7 +155,14 @@ Tile<Acc> find_tile(TileOperand operand, int64_t rows, int64_t columns) {
   return kTable<Acc>.tiles[static_cast<int>(operand)][columns > kLanes<Acc>][rows];
 }
 
+template <class Acc>
+TileOfRuns<Acc> find_tile_of_runs(int64_t rows, int64_t columns) {
+  return kTable<Acc>.tiles_of_runs[columns > kLanes<Acc>][rows];
+}
+
 template Tile<float> find_tile<float>(TileOperand, int64_t, int64_t);
 template Tile<double> find_tile<double>(TileOperand, int64_t, int64_t);
+template TileOfRuns<float> find_tile_of_runs<float>(int64_t, int64_t);
+template TileOfRuns<double> find_tile_of_runs<double>(int64_t, int64_t);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

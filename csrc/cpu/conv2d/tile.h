@@ -36,6 +36,13 @@ struct TileOutput {
 template <class Acc>
 using Tile = void (*)(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out);
 
+// The same where A's depth lies in `runs` pieces of `run`, run_step apart.
+template <class Acc>
+using TileOfRuns = void (*)(const Acc* a, int64_t a_step, int64_t runs, int64_t run, int64_t run_step,
+                            const Acc* b, const TileOutput<Acc>& out);
+template <class Acc>
+TileOfRuns<Acc> find_tile_of_runs(int64_t rows, int64_t columns);
+
 // The tile of 1 <= rows <= kTileRows and as many vectors as `columns` needs.
 template <class Acc>
 Tile<Acc> find_tile(TileOperand operand, int64_t rows, int64_t columns);

@@ -8,6 +8,7 @@
 // short. Of NCHW tensors, x's rows are packed as [(c,r,s)][pixel], and dy's are transposed into their panels.
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/pack_nchw.h"
+#include "cpu/conv2d/prefetch.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
@@ -68,31 +69,6 @@ struct WeightGradTask {
   Accumulator<T>* sums;  // [panel][depth][kTileColumns] of the group
   T* dweight;            // of the group, where this task sums all pixels; or null
 };
-
-// Asks for the lines of the block of rows that comes next, a few at a time, while this one is multiplied: its
-// columns are read down, which no hardware prefetcher foresees.
-struct Prefetch {
-  const char* row;
-  int64_t row_step, row_bytes, rows_left;
-  int64_t at = 0;
-
-  CUDA_CNN_INLINE void lines(int64_t count) {
-    for (; count > 0 && rows_left > 0; --count) {
-      __builtin_prefetch(row + at);
-      at += 64;
-      if (at < row_bytes) continue;
-      at = 0;
-      row += row_step;
-      --rows_left;
-    }
-  }
-};
-
-template <class T>
-Prefetch prefetch_rows(const T* rows, int64_t pixel, int64_t columns, int64_t count) {
-  const int64_t size = sizeof(T);
-  return {reinterpret_cast<const char*>(rows), pixel * size, columns * size, count};
-}
 
 // The panel of dy's channels from k on: pixels [pixel, pixel + count).
 template <class T>
