@@ -57,12 +57,13 @@ struct Band {
   // Output rows [begin, end) of image n, whose first row's first tap is at `image`.
   void rows(int64_t n, int64_t begin, int64_t end, const Acc* image) const {
     constexpr int64_t kColumns = kTileColumns<Acc>;
-    for (int64_t panel = 0; panel * kColumns < columns; ++panel) {
-      const Acc* row = image;
-      for (int64_t p = begin; p < end; ++p, row += g.stride_h * row_step) {
+    const int64_t tiles = ceil_div(g.Q, kTileRows);  // of even sizes: one of a row or two keeps few sums
+    for (int64_t p = begin; p < end; ++p, image += g.stride_h * row_step) {
+      for (int64_t panel = 0; panel * kColumns < columns; ++panel) {
         T* out = to.out + (n * g.P + p) * g.Q * to.pixel + panel * kColumns;
-        for (int64_t q = 0; q < g.Q; q += kTileRows) {
-          tile(row + q * g.stride_w * g.channels, panel, min64(kTileRows, g.Q - q), out + q * to.pixel);
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t q = g.Q * t / tiles, q_end = g.Q * (t + 1) / tiles;
+          tile(image + q * g.stride_w * g.channels, panel, q_end - q, out + q * to.pixel);
         }
       }
     }

@@ -63,7 +63,9 @@ void zero_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& 
 template <class T>
 void forward_gemm(const Conv2dParams& p) {
   const Accumulator<T>* panels = packed_filters(make_filters<T>(p), p.groups);
-  if (p.groups == 1 && p.C < kLanes<T> && p.S > 1 && p.dilation_w == 1 && !p.residual) {
+  // Many panels of filters pay for packing.
+  const bool few = p.C < kLanes<T> && p.K <= 4 * kTileColumns<Accumulator<T>>;
+  if (few && p.groups == 1 && p.S > 1 && p.dilation_w == 1 && !p.residual) {
     return correlate_few_channels(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.K);
   }
   correlate(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.groups, p.K / p.groups);
