@@ -64,6 +64,12 @@ class Workers:
         wholes = [batch for batch in order.split(batch_size * self.count) if len(batch) >= self.count]
         return [batch.tensor_split(self.count)[self.rank] for batch in wholes], list(map(len, wholes))
 
+    def part(self, device: torch.device) -> None:
+        """All are at their end: a thread that still frees a tensor of an exchange while Python ends would abort."""
+        if self.count > 1:
+            with self.watched():
+                dist.barrier(device_ids=None if device.index is None else [device.index])
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Inside, a broken connection is WorkerLostError."""

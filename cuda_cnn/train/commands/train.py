@@ -108,7 +108,9 @@ def main(args: argparse.Namespace) -> int:
         try:
             with log as row:
                 result = trainer.fit(out, Progress(silent=args.quiet or not first), row, args.save_every)
+            workers.part(chosen)
         except Interrupted as stop:
+            workers.part(chosen)
             if first:
                 print(f"{stop}; saved. Continue with: {again}")
             return 130
