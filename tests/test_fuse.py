@@ -131,6 +131,26 @@ def test_same_numbers_in_every_mode(name, layout):
     assert_same(plain, fused, x)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 16, 17])
+def test_linear_layers(rows):
+    """A few rows go through the convolution's kernels, which round otherwise; more do not."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 133), nn.ReLU(True), nn.Dropout(0.0),
+        nn.Linear(133, 40, bias=False), nn.Tanh(), nn.Linear(40, 7),
+    ).double()  # fmt: skip
+    fused = copy.deepcopy(plain)
+    what = {row.layer: row.what for row in cuda_cnn.fuse(fused).fused}
+    assert what["3"] == "a few rows on a CPU: a 1×1 convolution, ReLU"
+    assert what["6"] == what["8"] == "a few rows on a CPU: a 1×1 convolution"
+    with torch.profiler.profile() as profile:
+        assert_same(plain, fused, images(batch=rows, side=4))
+    calls = [event.name for event in profile.events()]
+    assert calls.count("cuda_cnn::conv2d_fused") == (4 if rows <= 16 else 1)
+    assert_same(plain.eval(), fused.eval(), images(batch=rows, side=4))
+    torch.autograd.gradgradcheck(lambda x: fused(x).tanh(), images(batch=2, side=4).requires_grad_())
+
+
 @pytest.mark.parametrize("name,size", [("lenet5", 32), ("lenet5_modern", 32), ("alexnet_cifar", 32)])
 def test_networks_without_normalisation(name, size):
     torch.manual_seed(0)
@@ -173,7 +193,9 @@ def test_no_layer_runs_twice():
             report = cuda_cnn.fuse(model.train(training))
             layers = [row.layer for row in report.fused]
             assert len(layers) == len(set(layers))
-            assert len(layers) == sum(isinstance(m, nn.Conv2d | nn.BatchNorm2d) for m in model.modules())
+            assert len(layers) == sum(
+                isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear) for m in model.modules()
+            )
             assert model(images(torch.float32)).shape[0] == 3
 
 

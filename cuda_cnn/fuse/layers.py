@@ -15,6 +15,9 @@ from cuda_cnn.ops.conv2d_norm import conv2d_norm
 
 Vectors = tuple[Tensor, Tensor]
 
+# More rows are a product of matrices, which torch's BLAS has.
+_LINEAR_ROWS = 16
+
 # conv2d_norm's extra products are C/K + C/pixels of the backward pass: an eighth is the second term's share.
 _PIXELS_A_CHANNEL = 8
 
@@ -169,6 +172,17 @@ def conv(
         operands = (_nhwc(x), weight, packed, bias, scale, shift, in_relu, added, relu and inside)
         y = _library.below_autograd(_library.ops.conv2d_packed, *operands, *geometry(module))
     return y if inside else _sum(y, residual, relu)
+
+
+def linear(x: Tensor, module: nn.Linear, relu: bool = False) -> Tensor:
+    """relu(linear(x)). On a CPU a few rows are so many images of one pixel: the convolution's kernels read the weight
+    once, where it lies, at the memory's pace, forwards and backwards."""
+    if x.dim() == 2 and x.device.type == "cpu" and 0 < len(x) <= _LINEAR_ROWS:
+        weight = module.weight[:, :, None, None]
+        y, *_ = F.conv2d_fused(x[:, :, None, None], weight, module.bias, out_relu=relu)
+        return y.flatten(1)
+    y = nn.functional.linear(x, module.weight, module.bias)
+    return y.relu() if relu else y
 
 
 def _could_be_added(residual: Tensor, x: Tensor, module: nn.Conv2d) -> bool:

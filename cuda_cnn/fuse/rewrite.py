@@ -27,7 +27,8 @@ _ADDS = (operator.add, operator.iadd, torch.add)
 
 @dataclass(frozen=True)
 class Convolution:
-    """Not yet in the new graph; a norm behind it by the running statistics, or by the batch's (a 1×1 one's)."""
+    """Not yet in the new graph; a Linear is one of one pixel. A norm behind it by the running statistics, or by the
+    batch's (a 1×1 one's)."""
 
     node: fx.Node
     input: Value
@@ -173,6 +174,8 @@ class Rewriter:
         if isinstance(module, nn.BatchNorm2d) or is_norm_with_activation(module):
             reason = self.norm_obstacle(node)
             return self.copy(node, reason) if reason else self.norm(node)
+        if isinstance(module, nn.Linear) and not self.obstacle(node, (nn.Linear,)):
+            return Pending(Convolution(node, self.values[node.args[0]]))
         if isinstance(module, POOLS) and not self.obstacle(node, POOLS) and not module.return_indices:
             return self.call(layers.max_pool, self.tensor(self.values[node.args[0]]), self.attribute(node))
         if self.is_relu(node):
@@ -283,7 +286,12 @@ class Rewriter:
     def absorbs(self, node: Any) -> bool:
         """Whether the one that reads this value may join it."""
         value = self.values[node]
-        return isinstance(value, Pending) and value.open and len(node.users) == 1
+        return (
+            isinstance(value, Pending) and value.open and len(node.users) == 1 and not self.is_linear(value)
+        )
+
+    def is_linear(self, value: Pending) -> bool:
+        return isinstance(value.core, Convolution) and isinstance(self.module_of(value.core.node), nn.Linear)
 
     def relu(self, node: fx.Node) -> Value:
         source = node.args[0] if node.args else None
@@ -325,6 +333,9 @@ class Rewriter:
         if isinstance(value.core, fx.Node):
             return self.call(layers.apply, value.core, value.scale, value.shift, *tail)
         conv = value.core
+        if self.is_linear(value):
+            self.fused(conv.node, "a few rows on a CPU: a 1×1 convolution" + ", ReLU" * value.relu)
+            return self.call(layers.linear, self.tensor(conv.input), self.attribute(conv.node), value.relu)
         x, *prologue = self.load(conv.input)
         forms = self.on_load(prologue)
         batch = conv.norm is not None and self.uses_batch(self.module_of(conv.norm))

@@ -35,6 +35,13 @@ void input_grad_gemm_nchw(const Conv2dParams& p);
 template <class T>
 void input_grad_few_channels(const Conv2dParams& p);
 
+// conv2d/few_pixels.cpp: forward_gemm's and input_grad_gemm's where has_few_pixels.
+bool has_few_pixels(const Conv2dParams& p);
+template <class T>
+void forward_few_pixels(const Conv2dParams& p);
+template <class T>
+void input_grad_few_pixels(const Conv2dParams& p);
+
 // conv2d/passes.cpp, winograd_weight_grad.cpp: 3x3 or 5x5 taps, stride 1, float32.
 void forward_winograd(const Conv2dParams& p);
 void input_grad_winograd(const Conv2dParams& p);

@@ -62,6 +62,7 @@ void zero_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& 
 
 template <class T>
 void forward_gemm(const Conv2dParams& p) {
+  if (has_few_pixels(p)) return forward_few_pixels<T>(p);
   const Accumulator<T>* panels = packed_filters(make_filters<T>(p), p.groups);
   // Many panels of filters pay for packing.
   const bool few = p.C < kLanes<T> && p.K <= 4 * kTileColumns<Accumulator<T>>;
@@ -78,6 +79,7 @@ void forward_winograd(const Conv2dParams& p) {
 
 template <class T>
 void input_grad_gemm(const Conv2dParams& p) {
+  if (has_few_pixels(p)) return input_grad_few_pixels<T>(p);
   if (p.groups == 1 && p.C < kLanes<T>) return input_grad_few_channels<T>(p);
   for (int64_t a = 0; a < min64(p.stride_h, p.H); ++a) {
     const Conv2dPhase h = conv2d_phase(a, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
