@@ -28,7 +28,7 @@ def pair(form="converted", dtype=torch.float32, groups=2):
     ours = copy.deepcopy(model)
     cuda_cnn.convert(ours, strict=True)
     if form == "fused":
-        assert len(cuda_cnn.fuse(ours).fused) == 3
+        assert len(cuda_cnn.fuse(ours).fused) == 4
     return ours, model
 
 

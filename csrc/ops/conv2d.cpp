@@ -40,11 +40,12 @@ at::TensorOptions contiguous(const at::Tensor& like) {
 }
 
 // Whether a kernel reads these NCHW tensors and writes NCHW: else they are made NHWC, and the result is made
-// NCHW again.
-bool stays_nchw(Conv2dDirection direction, Conv2dParams& p, bool channels_last, const at::Tensor& a,
-                const at::Tensor& b) {
+// NCHW again. A gradient's bits, and so the choice, are to be the same for every layout of dy.
+bool stays_nchw(Conv2dDirection direction, Conv2dParams& p, bool channels_last,
+                std::initializer_list<at::Tensor> operands) {
 #if !defined(CUDA_CNN_EMULATED)
-  p.nchw = !channels_last && a.is_cpu() && a.is_contiguous() && b.is_contiguous();
+  p.nchw = !channels_last;
+  for (const at::Tensor& t : operands) p.nchw = p.nchw && t.is_cpu() && t.is_contiguous();
   p.nchw = p.nchw && cpu::conv2d_choose(direction, p) == Conv2dAlgorithm::kGemmNchw;
 #endif
   return p.nchw;
@@ -179,10 +180,11 @@ at::Tensor attach_workspace(Conv2dDirection, Conv2dParams&, const at::Tensor&) {
 at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::IntArrayRef x,
                           const Geometry& geometry, bool channels_last) {
   Conv2dParams p = make_params(dy, x, weight.sizes(), geometry);
-  const bool nchw = stays_nchw(Conv2dDirection::kInputGrad, p, channels_last, dy, weight);
+  const bool nchw = stays_nchw(Conv2dDirection::kInputGrad, p, channels_last, {weight});
   at::Tensor dx = nchw ? empty_result(x, contiguous(dy)) : empty_nhwc(x, dy.options(), channels_last);
   if (dx.numel() == 0) return in_format(dx, channels_last);
-  const at::Tensor grad = nchw ? dy : to_nhwc(dy, &p.y_pixel), filter = nchw ? weight : dense_nhwc(weight);
+  const at::Tensor grad = nchw ? dy.contiguous() : to_nhwc(dy, &p.y_pixel),
+                   filter = nchw ? weight : dense_nhwc(weight);
   p.dy = data(grad);
   p.weight = data(filter);
   p.dx = mutable_data(dx);
@@ -197,11 +199,12 @@ at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, at::IntArr
   p.in_relu = map.relu;
   p.in_scale = map.scale.defined() ? data(map.scale) : nullptr;
   p.in_shift = map.shift.defined() ? data(map.shift) : nullptr;
-  const bool nchw = stays_nchw(Conv2dDirection::kWeightGrad, p, channels_last, dy, x);
+  const bool nchw = stays_nchw(Conv2dDirection::kWeightGrad, p, channels_last, {x});
   at::Tensor dweight =
       nchw ? empty_result(weight, contiguous(dy)) : empty_nhwc(weight, dy.options(), channels_last);
   if (dweight.numel() == 0) return in_format(dweight, channels_last);
-  const at::Tensor grad = nchw ? dy : to_nhwc(dy, &p.y_pixel), input = nchw ? x : to_nhwc(x, &p.x_pixel);
+  const at::Tensor grad = nchw ? dy.contiguous() : to_nhwc(dy, &p.y_pixel),
+                   input = nchw ? x : to_nhwc(x, &p.x_pixel);
   p.dy = data(grad);
   p.x = data(input);
   p.dweight = mutable_data(dweight);
@@ -233,7 +236,7 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::opti
   const bool channels_last =
       x.numel() > 0 && (is_channels_last(format_of(x)) || is_channels_last(format_of(weight)));
   const int64_t shape[] = {p.N, p.K, p.P, p.Q};
-  const bool nchw = stays_nchw(Conv2dDirection::kForward, p, channels_last, x, weight);
+  const bool nchw = stays_nchw(Conv2dDirection::kForward, p, channels_last, {x, weight});
   at::Tensor y = nchw ? empty_result(shape, contiguous(x)) : empty_nhwc(shape, x.options(), channels_last);
   if (y.numel() == 0) return in_format(y, channels_last);
   const at::Tensor input = nchw ? x : to_nhwc(x, &p.x_pixel), filter = nchw ? weight : dense_nhwc(weight);

@@ -78,7 +78,7 @@ def speed(document: dict[str, Any]) -> str:
     head = document["header"]
     lines = [
         f"Measured on {head['machine']}, {head['threads']} threads, {head['instruction_set']}, torch {head['torch']} "
-        f"({head['onednn']}), channels_last, batch {document['rows'][0]['batch'] if document['rows'] else 4}.",
+        f"({head['onednn']}); channels_last where nothing else is said.",
         "Times the rival's speed: above 1 this library is faster; geometric mean over the distinct layers of every",
         "network, in brackets how many of them are slower. Network by network, and every loss:",
         "[docs/measured.md](docs/measured.md).",
@@ -99,15 +99,15 @@ def _speed_table(rows: list[dict]) -> list[str]:
     rows = [row for row in rows if row["ratios"] and row["pass"] in PASSES]
     means = {
         (*group, rival): f"{mean:.2f} ({slower} of {count})"
-        for group, rival, mean, _, count, slower in report.geometric_means(rows, ("op", "dtype", "pass"))
+        for group, rival, mean, _, count, slower in report.geometric_means(rows, ("op", "setting", "pass"))
     }
     lines = [
-        f"| operator | dtype | rival | {' | '.join(PASSES.values())} |",
+        f"| operator | setting | rival | {' | '.join(PASSES.values())} |",
         "|---|---|---|" + "---|" * len(PASSES),
     ]
-    for op, dtype, rival in dict.fromkeys((op, dtype, rival) for op, dtype, _, rival in means):
-        cells = [means.get((op, dtype, direction, rival), "") for direction in PASSES]
-        lines.append(f"| `{op}` | {dtype} | {rival} | {' | '.join(cells)} |")
+    for op, setting, rival in dict.fromkeys((op, setting, rival) for op, setting, _, rival in means):
+        cells = [means.get((op, setting, direction, rival), "") for direction in PASSES]
+        lines.append(f"| `{op}` | {setting} | {rival} | {' | '.join(cells)} |")
     return lines
 
 

@@ -217,15 +217,16 @@ Drawing = tuple[str, Callable[[], Any]]
 def _layer_drawings(document: dict) -> list[Drawing]:
     found: list[Drawing] = []
     rows = [row for row in document["rows"] if row["ratios"]]
-    for (network, dtype), members in report.groups(rows, ("network", "dtype")).items():
+    for (network, setting), members in report.groups(rows, ("network", "setting")).items():
+        slug = setting.replace(",", "").replace(" ", "-")
         for name, chosen in (
             ("conv2d", [r for r in members if r["op"] == "conv2d"]),
             ("others", [r for r in members if r["op"] != "conv2d"]),
         ):
             if chosen:
                 rival = next(iter(chosen[0]["ratios"]))
-                title = f"{network}, {name}, {dtype}, batch {chosen[0]['batch']}: × {rival}"
-                found.append((f"ratios-{network}-{name}-{dtype}", lambda c=chosen, t=title: ratios(c, t)))
+                title = f"{network}, {name}, {setting}: × {rival}"
+                found.append((f"ratios-{network}-{name}-{slug}", lambda c=chosen, t=title: ratios(c, t)))
     for dtype in document["roofline"]:
         if any(row["flops"] and row["times"] and row["dtype"] == dtype for row in rows):
             found.append((f"roofline-{dtype}", lambda d=dtype: roofline(rows, document["roofline"], d)))

@@ -125,10 +125,17 @@ def plain(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 # ---- In one look ------------------------------------------------------------------------------------------
 
 
+def setting(row: dict) -> str:
+    """What rows of one mean have in common beside operator and pass."""
+    return f"{row['dtype']}{'' if row['layout'] == 'channels_last' else ' NCHW'}, batch {row['batch']}"
+
+
 def groups(rows: list[dict], by: tuple[str, ...]) -> dict[tuple, list[dict]]:
+    """By these columns of the rows, or by "setting"."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in by), []).append(row)
+        key = tuple(setting(row) if name == "setting" else row[name] for name in by)
+        found.setdefault(key, []).append(row)
     return found
 
 
@@ -165,14 +172,14 @@ def summary(document: dict[str, Any], most: int = 40) -> str:
         "network",
         "operator",
         "pass",
-        "dtype",
+        "setting",
         "rival",
         "× geometric mean",
         "× time in all",
         "layers",
         "slower",
     )
-    by = ("network", "op", "pass", "dtype")
+    by = ("network", "op", "pass", "setting")
     lines = [
         (*group, rival, f"{mean:.2f}", f"{spent:.2f}", str(count), str(slower))
         for group, rival, mean, spent, count, slower in geometric_means(rows, by)
@@ -188,7 +195,7 @@ def summary(document: dict[str, Any], most: int = 40) -> str:
         unsure = "" if above < 1 else "  (within the noise)"
         name = f"{row['network']}/{row['layer']} {row['words']}"
         text.append(
-            f"  {middle:.2f} ({least:.2f}–{above:.2f}) × {rival}  {name} {row['pass']} {row['dtype']}{unsure}"
+            f"  {middle:.2f} ({least:.2f}–{above:.2f}) × {rival}  {name} {row['pass']} {setting(row)}{unsure}"
         )
     wrong = [reason for row in rows for reason in row["wrong"].values()]
     return "\n".join(text + ["", *(f"WRONG, not timed: {reason}" for reason in wrong)]).rstrip()
