@@ -360,7 +360,7 @@ def test_figures_command_changes_only_what_stands_between_the_marks(capsys, tmp_
     figures.write_all(tmp_path / "results", tmp_path)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
-    assert "| `conv2d` | float32 | torch | 2.00 (0 of 1) | 2.00 (0 of 1) | 2.00 (0 of 1) |" in text
+    assert "| `conv2d` | float32, batch 4 | torch | 2.00 (0 of 1) | 2.00 (0 of 1) | 2.00 (0 of 1) |" in text
     once = (
         text,
         (tmp_path / "docs/measured.md").read_text(),
