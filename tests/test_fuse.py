@@ -151,6 +151,21 @@ def test_linear_layers(rows):
     torch.autograd.gradgradcheck(lambda x: fused(x).tanh(), images(batch=2, side=4).requires_grad_())
 
 
+def test_linear_layers_that_only_torch_has():
+    class Quantised(torch.Tensor):
+        pass
+
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+    x = images(torch.float32, side=4)
+    expected = plain(x)
+    plain[2].weight = nn.Parameter(plain[2].weight.detach().as_subclass(Quantised), requires_grad=False)
+    cuda_cnn.fuse(plain)
+    with torch.profiler.profile() as profile:
+        y = plain(x)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), expected)
+    assert "aten::linear" in {event.name for event in profile.events()}
+
+
 @pytest.mark.parametrize("name,size", [("lenet5", 32), ("lenet5_modern", 32), ("alexnet_cifar", 32)])
 def test_networks_without_normalisation(name, size):
     torch.manual_seed(0)

@@ -177,7 +177,10 @@ def conv(
 def linear(x: Tensor, module: nn.Linear, relu: bool = False) -> Tensor:
     """relu(linear(x)). On a CPU a few rows are so many images of one pixel: the convolution's kernels read the weight
     once, where it lies, at the memory's pace, forwards and backwards."""
-    if x.dim() == 2 and x.device.type == "cpu" and 0 < len(x) <= _LINEAR_ROWS:
+    few = x.dim() == 2 and x.device.type == "cpu" and 0 < len(x) <= _LINEAR_ROWS
+    # Not an integer, a complex number or eight bits; nor a subclass, as quantised weights are.
+    usual = x.is_floating_point() and x.element_size() > 1 and type(module.weight) in (nn.Parameter, Tensor)
+    if few and usual:
         weight = module.weight[:, :, None, None]
         y, *_ = F.conv2d_fused(x[:, :, None, None], weight, module.bias, out_relu=relu)
         return y.flatten(1)
