@@ -3,7 +3,7 @@
 - `winograd` (bool, True): 3×3 and 5×5 convolutions of stride 1 in float32 may use Winograd's minimal
   filtering, which is faster and rounds otherwise than a direct sum.
 - `conv2d_algorithm` (str, "auto"): forces one algorithm for every convolution that it can compute:
-  "winograd", "depthwise", "gemm_nchw" (contiguous tensors), "gemm" or "reference".
+  "winograd", "depthwise", "gemm_nchw" (contiguous tensors), "few_pixels", "few_channels", "gemm" or "reference".
   For tests, benchmarks and readers who climb the ladder.
 
 `with cuda_cnn.backends.flags(winograd=False): …` sets them for a block. They hold for the whole process, until

@@ -26,11 +26,12 @@ ALGORITHMS = {
     "winograd": "3×3 or 5×5 of stride 1 in float32: Winograd's minimal filtering",
     "depthwise": "a filter for each channel: nothing to share between channels",
     "gemm_nchw": "matrix products on planes: 1×1 or few channels, NCHW as it lies",
+    "few_pixels": "a fully connected layer, or nearly: the weight is read once, where it lies",
+    "few_channels": "few input channels: the tile of a matrix product would be mostly empty",
     "gemm": "matrix products on channels, the general case",
     "reference": "a plain loop: nothing faster computes this",
     # CUDA: csrc/cuda/conv2d/plan.h
     "product": "an implicit matrix product, the general case; tile, and how its operands are loaded",
-    "few_channels": "all outputs of a pixel in one thread: a product's tile would be mostly empty",
     "direct": "the formula, one thread a result: nothing faster computes this",
 }
 # The other operators have a kernel for each of the two layouts, concat one, and the passes of `fuse` are NHWC.

@@ -120,7 +120,7 @@ def test_whole_numbers_are_exact_in_every_instruction_set_and_layout(isa, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["gemm", "depthwise", "reference"])
+@pytest.mark.parametrize("name", ["gemm", "few_pixels", "few_channels", "depthwise", "reference"])
 def test_every_algorithm_is_exact(isa, case, name):
     with backends.flags(conv2d_algorithm=name):
         for dtype in (torch.float32, torch.bfloat16):

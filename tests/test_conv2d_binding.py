@@ -121,7 +121,12 @@ def test_algorithms_can_be_asked_for_and_forced():
     deep = (1, 64, 14, 14), (64, 64, 7, 7), (1, 1), (3, 3)
     for direction in ("forward", "input_grad", "weight_grad"):
         names = [algorithm(direction, *call, nchw=True) for call in (point, stem, deep)]
-        assert names == ["gemm_nchw", "gemm" if direction == "input_grad" else "gemm_nchw", "gemm"]
+        assert names == ["gemm_nchw", "few_channels" if direction == "input_grad" else "gemm_nchw", "gemm"]
+    classifier = (4, 16, 5, 5), (120, 16, 5, 5)
+    for direction, last in (("forward", "few_pixels"), ("input_grad", "few_pixels"), ("weight_grad", "gemm")):
+        assert algorithm(direction, *classifier) == last
+        first = "gemm" if direction == "weight_grad" else "few_channels"
+        assert algorithm(direction, *stem) == first
     with backends.flags(conv2d_algorithm="reference"):
         assert algorithm("forward", (1, 64, 14, 14), (64, 64, 5, 5)) == "reference"
     assert backends.conv2d_algorithm == "auto"

@@ -19,7 +19,16 @@
 namespace cuda_cnn {
 
 // The algorithms of csrc/cpu/conv2d, fastest first where they apply; kAuto leaves it to choose().
-enum class Conv2dAlgorithm : int32_t { kAuto, kWinograd, kDepthwise, kGemmNchw, kGemm, kReference };
+enum class Conv2dAlgorithm : int32_t {
+  kAuto,
+  kWinograd,
+  kDepthwise,
+  kGemmNchw,
+  kFewPixels,
+  kFewChannels,
+  kGemm,
+  kReference
+};
 enum class Conv2dDirection : int32_t { kForward, kInputGrad, kWeightGrad };
 
 struct Conv2dParams {
@@ -140,6 +149,9 @@ CUDA_CNN_CPU_KERNEL(conv2d_transpose, Conv2dTransposeParams)
 CUDA_CNN_CPU_KERNEL(conv2d_pack, Conv2dParams)
 
 namespace cuda_cnn::cpu {
+// A filter as large as its image (LeNet-5's C5, a classifier as a convolution) is a 1x1 one on R*S*C
+// channels: such a call as that, any other as it is.
+Conv2dParams conv2d_flattened(const Conv2dParams& params);
 // The algorithm that a call with these parameters takes: params.algorithm where it applies, else the first
 // that does.
 Conv2dAlgorithm conv2d_choose(Conv2dDirection direction, const Conv2dParams& params);

@@ -16,7 +16,7 @@ void input_grad_reference(const Conv2dParams& p);
 template <class T>
 void weight_grad_reference(const Conv2dParams& p);
 
-// conv2d/passes.cpp, few_channels_forward.cpp, weight_grad.cpp: implicit matrix products. The weight
+// conv2d/passes.cpp, weight_grad.cpp: implicit matrix products. The weight
 // gradient's takes NCHW too.
 template <class T>
 void forward_gemm(const Conv2dParams& p);
@@ -31,12 +31,13 @@ void forward_gemm_nchw(const Conv2dParams& p);
 template <class T>
 void input_grad_gemm_nchw(const Conv2dParams& p);
 
-// conv2d/few_channels.cpp: input_grad_gemm's for one group of less than a vector of channels.
+// conv2d/few_channels_forward.cpp, few_channels.cpp: one group of less than a vector of channels.
+template <class T>
+void forward_few_channels(const Conv2dParams& p);
 template <class T>
 void input_grad_few_channels(const Conv2dParams& p);
 
-// conv2d/few_pixels.cpp: forward_gemm's and input_grad_gemm's where has_few_pixels.
-bool has_few_pixels(const Conv2dParams& p);
+// conv2d/few_pixels.cpp: 1x1, stride 1, one group.
 template <class T>
 void forward_few_pixels(const Conv2dParams& p);
 template <class T>

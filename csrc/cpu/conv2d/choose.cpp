@@ -5,12 +5,17 @@ namespace cuda_cnn::cpu {
 namespace {
 
 // Fastest first; the last one takes everything.
-constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd, Conv2dAlgorithm::kDepthwise,
-                                      Conv2dAlgorithm::kGemmNchw, Conv2dAlgorithm::kGemm,
+constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd,    Conv2dAlgorithm::kDepthwise,
+                                      Conv2dAlgorithm::kGemmNchw,    Conv2dAlgorithm::kFewPixels,
+                                      Conv2dAlgorithm::kFewChannels, Conv2dAlgorithm::kGemm,
                                       Conv2dAlgorithm::kReference};
 // Products a result at which packing (taps, channels) of NCHW from a cache still beats making NHWC of it.
 constexpr int64_t kNchwDepth = 512;
 constexpr int64_t kNchwPixels = 128;
+// Beyond, a packed weight is read often enough to pay for its packing.
+constexpr int64_t kFewPixels = 16;
+// Panels of filters beyond which a first layer's packed image is read often enough to pay for its packing.
+constexpr int64_t kFewPanels = 4;
 
 bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
   switch (direction) {
@@ -54,6 +59,13 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
     case Conv2dAlgorithm::kGemmNchw:
       return p.nchw && !p.in_scale && !p.in_relu && !empty_sum(direction, p) &&
              (direction != Conv2dDirection::kInputGrad || plain_1x1(p));
+    case Conv2dAlgorithm::kFewPixels:
+      return direction != Conv2dDirection::kWeightGrad && plain_1x1(p) && p.groups == 1 && !p.in_scale &&
+             !p.in_relu && !empty_sum(direction, p);
+    case Conv2dAlgorithm::kFewChannels:
+      if (p.groups > 1 || p.C >= vector_lanes(p.dtype) || empty_sum(direction, p)) return false;
+      return direction == Conv2dDirection::kForward ? p.dilation_w == 1 && !p.residual
+                                                    : direction == Conv2dDirection::kInputGrad;
     case Conv2dAlgorithm::kGemm:
       return !empty_sum(direction, p);
     case Conv2dAlgorithm::kReference:
@@ -74,6 +86,11 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
     if (direction == Conv2dDirection::kInputGrad && p.N * p.P * p.Q < kNchwPixels) return false;
     return p.P * p.Q > 1 && (p.R * p.S == 1 || p.R * p.S * p.C / p.groups <= kNchwDepth);
   }
+  if (algorithm == Conv2dAlgorithm::kFewPixels) return p.N * p.P * p.Q <= kFewPixels && !p.packed;
+  // Forward: one tap a row is a plain matrix product.
+  if (algorithm == Conv2dAlgorithm::kFewChannels && direction == Conv2dDirection::kForward) {
+    return p.S > 1 && p.K <= kFewPanels * conv2d_panel_columns(p.dtype);
+  }
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;
   // A weight gradient of a few tiles is mostly the way back of its sums, 36 for each filter and channel.
   const int64_t tile = 7 - p.R, tiles = p.N * ceil_div(p.P, tile) * ceil_div(p.Q, tile);
@@ -86,7 +103,20 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
 
 int64_t conv2d_panel_columns(DType dtype) { return 2 * vector_lanes(dtype); }
 
-Conv2dAlgorithm conv2d_choose(Conv2dDirection direction, const Conv2dParams& params) {
+Conv2dParams conv2d_flattened(const Conv2dParams& params) {
+  Conv2dParams p = params;
+  const bool covers = p.P == 1 && p.Q == 1 && p.R == p.H && p.S == p.W && p.pad_h == 0 && p.pad_w == 0 &&
+                      p.dilation_h == 1 && p.dilation_w == 1 && p.groups == 1 && p.x_pixel == p.C &&
+                      !p.in_scale && !p.nchw;
+  if (!covers) return p;
+  p.C = p.x_pixel = p.R * p.S * p.C;
+  p.H = p.W = p.R = p.S = 1;
+  p.stride_h = p.stride_w = 1;
+  return p;
+}
+
+Conv2dAlgorithm conv2d_choose(Conv2dDirection direction, const Conv2dParams& unflattened) {
+  const Conv2dParams params = conv2d_flattened(unflattened);
   if (params.algorithm != Conv2dAlgorithm::kAuto && applies(params.algorithm, direction, params)) {
     return params.algorithm;
   }
@@ -106,6 +136,10 @@ const char* conv2d_algorithm_name(Conv2dAlgorithm algorithm) {
       return "depthwise";
     case Conv2dAlgorithm::kGemmNchw:
       return "gemm_nchw";
+    case Conv2dAlgorithm::kFewPixels:
+      return "few_pixels";
+    case Conv2dAlgorithm::kFewChannels:
+      return "few_channels";
     case Conv2dAlgorithm::kGemm:
       return "gemm";
     case Conv2dAlgorithm::kReference:

@@ -15,17 +15,6 @@ namespace {
 
 constexpr int kRun = 4;  // output pixels at a time; two vectors of them hide the latency
 
-// Tap (r, s) of a correlation lies `first + r*step_r + s*step_s` behind a panel's start.
-template <class Acc>
-struct NarrowFilters {
-  const Acc* panels;
-  int64_t panel_size, first, step_r, step_s;
-
-  const Acc* of_channel(int64_t c) const {
-    return panels + c / kTileColumns<Acc> * panel_size + c % kTileColumns<Acc> + first;
-  }
-};
-
 // A run of outputs: its first pixel's column w0 and source, the rows of taps inside the image.
 template <class T>
 struct Run {

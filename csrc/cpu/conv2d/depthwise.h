@@ -10,6 +10,17 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
 constexpr int64_t kDepthwiseGrain = 65536;  // multiply-adds worth a thread
 
+// Tap (r, s) of a correlation lies `first + r*step_r + s*step_s` behind a panel's start.
+template <class Acc>
+struct NarrowFilters {
+  const Acc* panels;
+  int64_t panel_size, first, step_r, step_s;
+
+  const Acc* of_channel(int64_t c) const {
+    return panels + c / kTileColumns<Acc> * panel_size + c % kTileColumns<Acc> + first;
+  }
+};
+
 // p[j] for the vectors of a step, `left` channels of them in use.
 template <class T, int kVectors>
 CUDA_CNN_INLINE Vec<Accumulator<T>> load_vector(const T* p, int j, int64_t left) {

@@ -11,7 +11,6 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int64_t kFewPixels = 16;
 constexpr int kPixelsAtOnce = 4, kFiltersAtOnce = 3;  // 12 sums, 3 of w and one of x in 16 registers
 constexpr int kRowsAtOnce = 8;                        // of w, in registers; then a sum and a broadcast
 constexpr int64_t kBlockColumns = 1024;               // of dx: long enough for the prefetchers
@@ -147,12 +146,6 @@ void gradient_columns(const Conv2dParams& p, const Accumulator<T>* g, int64_t fi
 }
 
 }  // namespace
-
-bool has_few_pixels(const Conv2dParams& p) {
-  const bool pointwise = p.R == 1 && p.S == 1 && p.groups == 1 && p.P == p.H && p.Q == p.W &&
-                         p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0;
-  return pointwise && p.N * p.P * p.Q <= kFewPixels && !p.in_scale && !p.in_relu && !p.packed;
-}
 
 template <class T>
 void forward_few_pixels(const Conv2dParams& p) {

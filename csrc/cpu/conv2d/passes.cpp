@@ -62,14 +62,14 @@ void zero_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& 
 
 template <class T>
 void forward_gemm(const Conv2dParams& p) {
-  if (has_few_pixels(p)) return forward_few_pixels<T>(p);
   const Accumulator<T>* panels = packed_filters(make_filters<T>(p), p.groups);
-  // Many panels of filters pay for packing.
-  const bool few = p.C < kLanes<T> && p.K <= 4 * kTileColumns<Accumulator<T>>;
-  if (few && p.groups == 1 && p.S > 1 && p.dilation_w == 1 && !p.residual) {
-    return correlate_few_channels(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.K);
-  }
   correlate(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.groups, p.K / p.groups);
+}
+
+template <class T>
+void forward_few_channels(const Conv2dParams& p) {
+  const Accumulator<T>* panels = packed_filters(make_filters<T>(p), 1);
+  correlate_few_channels(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.K);
 }
 
 void forward_winograd(const Conv2dParams& p) {
@@ -79,8 +79,6 @@ void forward_winograd(const Conv2dParams& p) {
 
 template <class T>
 void input_grad_gemm(const Conv2dParams& p) {
-  if (has_few_pixels(p)) return input_grad_few_pixels<T>(p);
-  if (p.groups == 1 && p.C < kLanes<T>) return input_grad_few_channels<T>(p);
   for (int64_t a = 0; a < min64(p.stride_h, p.H); ++a) {
     const Conv2dPhase h = conv2d_phase(a, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
     for (int64_t b = 0; b < min64(p.stride_w, p.W); ++b) {
@@ -112,8 +110,9 @@ void conv2d_pack(const Conv2dParams& p) {
   });
 }
 
-#define INSTANTIATE(T)                                \
-  template void forward_gemm<T>(const Conv2dParams&); \
+#define INSTANTIATE(T)                                        \
+  template void forward_gemm<T>(const Conv2dParams&);         \
+  template void forward_few_channels<T>(const Conv2dParams&); \
   template void input_grad_gemm<T>(const Conv2dParams&);
 INSTANTIATE(float)
 INSTANTIATE(double)
