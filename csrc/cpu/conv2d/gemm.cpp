@@ -8,13 +8,14 @@
 // kChain.
 #include "cpu/conv2d/gemm.h"
 
+#include "cpu/conv2d/prefetch.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
 struct GemmTasks {
-  int64_t blocks, tiles_a_block, channel_parts;
+  int64_t tiles, blocks, channel_parts;
 };
 
 namespace {
@@ -24,8 +25,10 @@ namespace {
 constexpr int64_t kBlockDepth = 1024;
 constexpr int64_t kBlockRows = 168;
 constexpr int64_t kBlockBytes = 344064;
+// Rows so far apart, or a multiple of it, share a set of L1: 8 lines.
+constexpr int64_t kSetsBytes = 4096;
 // Products summed in registers before they join the rest: the error grows with the root of this.
-constexpr int64_t kChain = 128;
+constexpr int64_t kChain = 256;
 // Below so many multiply-adds a thread is not worth waking.
 constexpr int64_t kWorthAThread = 100000;
 
@@ -125,7 +128,8 @@ void run_task(Task<T> t) {
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
   const DepthBlocks cut = cut_depth(t.gather);
-  const bool packs = !t.gather.is_matrix();
+  const bool crowded = kTileRows > 8 && t.gather.pixel * sizeof(Acc) % kSetsBytes == 0;
+  const bool packs = crowded || !t.gather.is_matrix();
   const int64_t step = packs ? (ceil_div(cut.size, kLanes<Acc>) + 1) * kLanes<Acc> : t.gather.pixel;
   Acc* packed = packs ? workspace<Acc>(Workspace::kA, t.count * step) : nullptr;
   Acc* sums = workspace<Acc>(Workspace::kB, ceil_div(t.columns, kColumns) * t.count * kColumns);
@@ -166,9 +170,15 @@ void run_task(Task<T> t) {
         const int64_t rows = min64(t.count - i, kTileRows);
         const Tile<Acc> tile = find_tile<Acc>(TileOperand::kDepthContiguous, rows, columns);
         TileOutput<Acc> chain = out;
+        // The first panel finds A in memory, and reads more rows at once than a hardware prefetcher follows.
+        Prefetch next = prefetch_rows(a + (i + kTileRows) * step, step, end - begin,
+                                      packs || panel > t.panel_begin ? 0 : kTileRows);
+        const int64_t lines = ceil_div(next.count(), ceil_div(end - begin, kChain));
+        if (direct) prefetch_output(out.c, out.step, rows, kColumns);
         for (int64_t d = begin; d < end; d += kChain) {
           const bool ends = d + kChain >= end;
           chain.accumulate = d > 0;
+          next.lines(lines);
           chain.bias = ends ? out.bias : nullptr;
           chain.residual = ends && out.residual ? out.residual + i * out.residual_step : nullptr;
           chain.relu = ends && out.relu;
@@ -181,18 +191,21 @@ void run_task(Task<T> t) {
   }
 }
 
-// As many blocks of positions as threads want, then the channels are cut too where those are too few.
+// As many blocks of positions as threads want; or few blocks' channels are cut too, where a block of less
+// than 4 tiles would read all the weights for little or would leave threads idle.
 GemmTasks cut_tasks(int64_t positions, int64_t panels, int64_t groups, int64_t block_tiles, bool small) {
   const int64_t tiles = ceil_div(positions, kTileRows), threads = small ? 1 : num_threads();
-  int64_t blocks = ceil_div(tiles, block_tiles), parts = 1;
-  if (blocks * groups % threads != 0) blocks = min64(tiles, ceil_div(blocks, threads) * threads);
-  // Few positions: a block of less than 4 tiles would read all the weights for little.
-  if (tiles < 4 * blocks && threads > 1) {
-    blocks = ceil_div(tiles, block_tiles);
-    parts = min64(panels, ceil_div(threads, blocks * groups));
-  }
-  const int64_t tiles_a_block = ceil_div(tiles, blocks);
-  return {ceil_div(tiles, tiles_a_block), tiles_a_block, parts};
+  const int64_t blocks = ceil_div(tiles, block_tiles);
+  if (blocks * groups % threads == 0) return {tiles, blocks, 1};
+  const GemmTasks whole{tiles, min64(tiles, ceil_div(blocks, threads) * threads), 1};
+  const GemmTasks cut{tiles, blocks, min64(panels, threads)};
+  // The busiest thread's tiles times panels.
+  const auto load = [&](const GemmTasks& t) {
+    const int64_t tasks = t.blocks * groups * t.channel_parts;
+    return ceil_div(tasks, threads) * tiles * groups * ceil_div(panels, t.channel_parts) * t.channel_parts /
+           tasks;
+  };
+  return tiles < 4 * whole.blocks && load(cut) <= load(whole) ? cut : whole;
 }
 
 }  // namespace
@@ -210,13 +223,14 @@ void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumul
 
   parallel_for(cut.blocks * groups * cut.channel_parts, 1, [&](int64_t task_begin, int64_t task_end) {
     for (int64_t task = task_begin; task < task_end; ++task) {
-      const int64_t part = task % cut.channel_parts, rest = task / cut.channel_parts;
-      const int64_t group = rest / cut.blocks, block = rest % cut.blocks;
-      const int64_t position = block * cut.tiles_a_block * kTileRows;
-      run_task(Task<T>{
-          gather.of_group(group), scatter, panels + group * group_panels * depth * kColumns, group * columns,
-          columns, position, min64(positions - position, cut.tiles_a_block * kTileRows),
-          group_panels * part / cut.channel_parts, group_panels * (part + 1) / cut.channel_parts, linear});
+      const int64_t block = task % cut.blocks, rest = task / cut.blocks;  // a thread's share: of few panels
+      const int64_t group = rest % groups, part = rest / groups;
+      const int64_t position = cut.tiles * block / cut.blocks * kTileRows;
+      const int64_t end = min64(positions, cut.tiles * (block + 1) / cut.blocks * kTileRows);
+      run_task(Task<T>{gather.of_group(group), scatter, panels + group * group_panels * depth * kColumns,
+                       group * columns, columns, position, end - position,
+                       group_panels * part / cut.channel_parts, group_panels * (part + 1) / cut.channel_parts,
+                       linear});
     }
   });
 }

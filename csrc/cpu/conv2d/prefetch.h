@@ -30,4 +30,12 @@ CUDA_CNN_INLINE Prefetch prefetch_rows(const T* rows, int64_t pixel, int64_t col
   return {reinterpret_cast<const char*>(rows), pixel * size, columns * size, count};
 }
 
+// Asks for the lines that a tile is going to write: they come while it computes.
+template <class T>
+CUDA_CNN_INLINE void prefetch_output(const T* c, int64_t step, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i, c += step) {
+    for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) __builtin_prefetch(c + j, 1);
+  }
+}
+
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -8,6 +8,18 @@ namespace {
 
 template <class Acc, int kRows, int kVectors>
 CUDA_CNN_INLINE void store_tile(const Vec<Acc> (&sums)[kRows][kVectors], const TileOutput<Acc>& out) {
+  if (!out.bias && !out.row_bias && !out.residual && !out.relu) {  // most tiles: without a branch a vector
+    const auto each = [&](const auto& value) __attribute__((always_inline)) {
+      Acc* c = out.c;
+#pragma GCC unroll 14
+      for (int i = 0; i < kRows; ++i, c += out.step) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) store(c + j * kLanes<Acc>, value(sums[i][j], c + j * kLanes<Acc>));
+      }
+    };
+    if (out.accumulate) return each([](Vec<Acc> sum, const Acc* c) { return sum + load(c); });
+    return each([](Vec<Acc> sum, const Acc*) { return sum; });
+  }
 #pragma GCC unroll 2
   for (int j = 0; j < kVectors; ++j) {
     const Vec<Acc> bias = out.bias ? load(out.bias + j * kLanes<Acc>) : Vec<Acc>{};
