@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kBlockDepth = 1024;
 constexpr int64_t kBlockRows = 168;
 constexpr int64_t kBlockBytes = 344064;
+constexpr int64_t kGroupBytes = 262144;
 // Rows so far apart, or a multiple of it, share a set of L1: 8 lines.
 constexpr int64_t kSetsBytes = 4096;
 // Products summed in registers before they join the rest: the error grows with the root of this.
@@ -149,42 +150,46 @@ void run_task(Task<T> t) {
     } else {
       a = reinterpret_cast<const Acc*>(gather.source) + t.position * step + begin;
     }
-    for (int64_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
-      const int64_t columns = min64(t.columns - panel * kColumns, kColumns);
-      const int64_t channel = t.channel + panel * kColumns;
-      const Acc* b = t.panels + (panel * cut.depth + begin) * kColumns;
-      const bool direct = in_place && columns == kColumns;
-      TileOutput<Acc> out{sums + panel * t.count * kColumns, kColumns, nullptr, begin > 0, false};
-      if (direct) {
-        out.c = reinterpret_cast<Acc*>(t.scatter.out) + t.position * t.scatter.pixel + channel;
-        out.step = t.scatter.pixel;
-        out.relu = last && t.scatter.relu;
-        if (last && t.scatter.bias) out.bias = reinterpret_cast<const Acc*>(t.scatter.bias) + channel;
-        if (last && t.scatter.residual) {
-          out.residual_step = t.scatter.residual_pixel;
-          out.residual =
-              reinterpret_cast<const Acc*>(t.scatter.residual) + t.position * out.residual_step + channel;
-        }
-      }
-      for (int64_t i = 0; i < t.count; i += kTileRows, out.c += kTileRows * out.step) {
+    // Panels that L2 holds beside A follow one another for each tile, whose rows are then in L1.
+    const int64_t panel_bytes = (end - begin) * kColumns * static_cast<int64_t>(sizeof(Acc));
+    const int64_t group = max64(1, kGroupBytes / panel_bytes);
+    for (int64_t first = t.panel_begin; first < t.panel_end; first += group) {
+      const int64_t group_end = min64(first + group, t.panel_end);
+      for (int64_t i = 0; i < t.count; i += kTileRows) {
         const int64_t rows = min64(t.count - i, kTileRows);
-        const Tile<Acc> tile = find_tile<Acc>(TileOperand::kDepthContiguous, rows, columns);
-        TileOutput<Acc> chain = out;
-        // The first panel finds A in memory, and reads more rows at once than a hardware prefetcher follows.
+        // The first group finds A in memory, and reads more rows at once than a hardware prefetcher follows.
         Prefetch next = prefetch_rows(a + (i + kTileRows) * step, step, end - begin,
-                                      packs || panel > t.panel_begin ? 0 : kTileRows);
-        const int64_t lines = ceil_div(next.count(), ceil_div(end - begin, kChain));
-        if (direct) prefetch_output(out.c, out.step, rows, kColumns);
-        for (int64_t d = begin; d < end; d += kChain) {
-          const bool ends = d + kChain >= end;
-          chain.accumulate = d > 0;
-          next.lines(lines);
-          chain.bias = ends ? out.bias : nullptr;
-          chain.residual = ends && out.residual ? out.residual + i * out.residual_step : nullptr;
-          chain.relu = ends && out.relu;
-          tile(a + i * step + d - begin, step, b + (d - begin) * kColumns, min64(kChain, end - d), chain);
+                                      packs || first > t.panel_begin ? 0 : kTileRows);
+        const int64_t lines = ceil_div(next.count(), ceil_div(end - begin, kChain) * (group_end - first));
+        for (int64_t panel = first; panel < group_end; ++panel) {
+          const int64_t columns = min64(t.columns - panel * kColumns, kColumns);
+          const int64_t channel = t.channel + panel * kColumns;
+          const Acc* b = t.panels + (panel * cut.depth + begin) * kColumns;
+          const bool direct = in_place && columns == kColumns;
+          TileOutput<Acc> out{sums + (panel * t.count + i) * kColumns, kColumns, nullptr, false, false};
+          if (direct) {
+            out.c = reinterpret_cast<Acc*>(t.scatter.out) + (t.position + i) * t.scatter.pixel + channel;
+            out.step = t.scatter.pixel;
+            prefetch_output(out.c, out.step, rows, kColumns);
+          }
+          const Tile<Acc> tile = find_tile<Acc>(TileOperand::kDepthContiguous, rows, columns);
+          for (int64_t d = begin; d < end; d += kChain) {
+            out.accumulate = d > 0;
+            if (last && direct && d + kChain >= end) {
+              const Scatter<T>& to = t.scatter;
+              out.relu = to.relu;
+              if (to.bias) out.bias = reinterpret_cast<const Acc*>(to.bias) + channel;
+              if (to.residual) {
+                out.residual_step = to.residual_pixel;
+                out.residual = reinterpret_cast<const Acc*>(to.residual) +
+                               (t.position + i) * to.residual_pixel + channel;
+              }
+            }
+            next.lines(lines);
+            tile(a + i * step + d - begin, step, b + (d - begin) * kColumns, min64(kChain, end - d), out);
+          }
+          if (last && !direct) finish(t, t.position + i, rows, channel, columns, out.c);
         }
-        if (last && !direct) finish(t, t.position + i, rows, channel, columns, out.c);
       }
     }
     begin = end;
