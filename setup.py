@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))  # pip's build frontend leaves it out
 import build_config  # noqa: E402
 
 CSRC = ROOT / "csrc"
-# A target pragma ahead of every include gives the code that -m flags would. A further set (avx512bf16, …) is one
-# more row here and in csrc/cpu/isa.h.
+# A target pragma ahead of every include gives the code that -m flags would. A further set is one more
+# row here and in csrc/cpu/isa.h.
 ISA_TARGETS = {
     "baseline": "",
     "avx2": "avx2,fma,f16c,bmi,bmi2",

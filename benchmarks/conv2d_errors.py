@@ -1,7 +1,9 @@
 """The largest error of each conv2d algorithm on the CPU against float64, as the Markdown table of docs/numerics.md.
 
-python benchmarks/conv2d_errors.py
+python benchmarks/conv2d_errors.py [float32|bfloat16]
 """
+
+import sys
 
 import torch
 
@@ -25,13 +27,14 @@ PASSES = ("forward", "input_grad", "weight_grad")
 LADDER = ("winograd", "depthwise", "gemm", "reference")
 
 
-def errors(layer):
+def errors(layer, dtype):
     """(algorithm or "torch", pass): the largest difference from float64 over the largest value."""
     _, x_shape, weight_shape, stride, padding, groups = layer
     generator = torch.Generator().manual_seed(0)
 
     def normal(shape):
-        return torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+        values = torch.randn(shape, generator=generator).to(dtype)
+        return values.contiguous(memory_format=torch.channels_last)
 
     x, weight = normal(x_shape), normal(weight_shape)
     geometry = ((stride, stride), (padding, padding), (1, 1), groups)
@@ -63,6 +66,7 @@ def errors(layer):
                 stride=geometry[0],
                 padding=geometry[1],
                 groups=groups,
+                dtype=dtype,
             )
             if chosen == name:
                 found[name] = ours(dy, x, weight)
@@ -74,10 +78,11 @@ def errors(layer):
 
 
 def main():
+    dtype = getattr(torch, sys.argv[1]) if len(sys.argv) > 1 else torch.float32
     print("| layer | pass | torch | " + " | ".join(LADDER) + " |")
     print("|---|---|" + "---|" * (1 + len(LADDER)))
     for layer in LAYERS:
-        found = errors(layer)
+        found = errors(layer, dtype)
         for which in PASSES:
             cells = [found.get((name, which)) for name in ("torch", *LADDER)]
             text = " | ".join("" if cell is None else f"{cell:.1e}" for cell in cells)

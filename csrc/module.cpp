@@ -16,7 +16,7 @@ namespace {
 
 using cuda_cnn::cpu::Isa;
 
-constexpr Isa kIsas[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512};
+constexpr Isa kIsas[] = {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

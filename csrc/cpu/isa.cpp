@@ -7,8 +7,8 @@
 namespace cuda_cnn::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
-constexpr Isa kAll[] = {Isa::kAvx512, Isa::kAvx2, Isa::kBaseline};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+constexpr Isa kAll[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kBaseline};
 
 bool detect(Isa isa) {
   if (isa == Isa::kBaseline) return true;
@@ -21,8 +21,9 @@ bool detect(Isa isa) {
 #if defined(CUDA_CNN_EMULATE_AVX512)
   return avx2;
 #endif
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return isa == Isa::kAvx512 ? avx512 : avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

@@ -156,6 +156,9 @@ Conv2dParams conv2d_flattened(const Conv2dParams& params);
 // that does.
 Conv2dAlgorithm conv2d_choose(Conv2dDirection direction, const Conv2dParams& params);
 const char* conv2d_algorithm_name(Conv2dAlgorithm algorithm);
+// Whether conv2d_pack packs the weight, of C, R, S and groups, in pairs of bfloat16 (AVX512-BF16): a panel is
+// [R*S*C/groups / 2, rounded up][columns][2].
+bool conv2d_packs_pairs(const Conv2dParams& params);
 // Depends on the instruction set.
 int64_t conv2d_panel_columns(DType dtype);
 }  // namespace cuda_cnn::cpu

@@ -106,10 +106,23 @@ ThreeTensors conv2d_fused(const at::Tensor& x, const at::Tensor& weight, const O
 
 #if !defined(CUDA_CNN_EMULATED)
 
-std::vector<int64_t> packed_shape(const at::Tensor& weight, int64_t groups) {
-  const int64_t columns = cpu::conv2d_panel_columns(dtype_of(weight));
-  return {groups * ceil_div(weight.size(0) / groups, columns),
-          weight.size(1) * weight.size(2) * weight.size(3), columns};
+Conv2dParams packing(const at::Tensor& weight, int64_t groups) {
+  Conv2dParams p{};
+  p.dtype = dtype_of(weight);
+  p.K = weight.size(0), p.C = weight.size(1) * groups, p.R = weight.size(2), p.S = weight.size(3);
+  p.groups = groups;
+  return p;
+}
+
+// As 32-bit numbers, where pairs of bfloat16 are packed, too.
+std::vector<int64_t> packed_shape(const Conv2dParams& p) {
+  const int64_t columns = cpu::conv2d_panel_columns(p.dtype), depth = p.R * p.S * p.C / p.groups;
+  return {p.groups * ceil_div(p.K / p.groups, columns),
+          cpu::conv2d_packs_pairs(p) ? ceil_div(depth, 2) : depth, columns};
+}
+
+at::ScalarType packed_type(const at::Tensor& weight, const Conv2dParams& p) {
+  return cpu::conv2d_packs_pairs(p) ? at::kInt : accumulator_of(weight);
 }
 
 // The weight in the order in which a CPU's kernels read it, for conv2d_packed: inference packs once.
@@ -121,13 +134,10 @@ at::Tensor conv2d_pack(const at::Tensor& weight, int64_t groups) {
   TORCH_CHECK(weight.size(0) % groups == 0, kPack, ": expected weight of a multiple of ", groups,
               " output channels, got ", weight.size(0));
   TORCH_CHECK(weight.is_cpu(), kPack, ": expected weight on the CPU, got it on ", weight.device());
-  at::Tensor packed = empty_result(packed_shape(weight, groups), vector_options(weight));
+  Conv2dParams p = packing(weight, groups);
+  at::Tensor packed = empty_result(packed_shape(p), vector_options(weight).dtype(packed_type(weight, p)));
   if (packed.numel() == 0) return packed;
   const at::Tensor filter = dense_nhwc(weight);
-  Conv2dParams p{};
-  p.dtype = dtype_of(weight);
-  p.K = weight.size(0), p.C = weight.size(1) * groups, p.R = weight.size(2), p.S = weight.size(3);
-  p.groups = groups;
   p.weight = data(filter);
   p.y = mutable_data(packed);
   cpu::conv2d_pack(p);
@@ -135,7 +145,7 @@ at::Tensor conv2d_pack(const at::Tensor& weight, int64_t groups) {
 }
 
 // conv2d_fused's y, without derivatives, with the weight also packed. One that another instruction set has
-// packed has other columns, and is passed over.
+// packed has other columns or another type, and is passed over.
 at::Tensor conv2d_packed(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& packed,
                          const OptionalTensor& bias, const OptionalTensor& in_scale,
                          const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& residual,
@@ -144,12 +154,17 @@ at::Tensor conv2d_packed(const at::Tensor& x, const at::Tensor& weight, const at
   constexpr const char* kPacked = "conv2d_packed";
   const Geometry geometry{stride, padding, dilation, groups, kPacked};
   check_operands(x, weight, bias, geometry);
-  const std::vector<int64_t> shape = packed_shape(weight, groups);
+  const Conv2dParams packing_of_weight = packing(weight, groups);
+  const std::vector<int64_t> shape = packed_shape(packing_of_weight);
+  const at::ScalarType type = packed_type(weight, packing_of_weight);
   check_dim(kPacked, "packed", packed, 3);
+  const bool of_other_set =
+      packed.size(2) != shape[2] ||
+      (packed.scalar_type() != type && (packed.scalar_type() == at::kInt || type == at::kInt));
   at::Tensor used;
-  if (packed.size(2) == shape[2]) {
-    TORCH_CHECK(x.is_cpu() && packed.is_cpu() && packed.scalar_type() == accumulator_of(x) &&
-                    packed.is_contiguous() && packed.sizes() == at::IntArrayRef(shape),
+  if (!of_other_set) {
+    TORCH_CHECK(x.is_cpu() && packed.is_cpu() && packed.scalar_type() == type && packed.is_contiguous() &&
+                    packed.sizes() == at::IntArrayRef(shape),
                 kPacked, ": expected conv2d_pack's result for a weight of shape ", weight.sizes(), ", got ",
                 packed.scalar_type(), " of shape ", packed.sizes(), " on ", packed.device());
     used = packed;

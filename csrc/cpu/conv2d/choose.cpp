@@ -12,6 +12,8 @@ constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd,    Conv2dAlgor
 // Products a result at which packing (taps, channels) of NCHW from a cache still beats making NHWC of it.
 constexpr int64_t kNchwDepth = 512;
 constexpr int64_t kNchwPixels = 128;
+// A depth that gemm.cpp does not cut: its end alone may be half a pair.
+constexpr int64_t kUncutDepth = 1024;
 // Beyond, a packed weight is read often enough to pay for its packing.
 constexpr int64_t kFewPixels = 16;
 // Panels of filters beyond which a first layer's packed image is read often enough to pay for its packing.
@@ -31,7 +33,7 @@ bool empty_sum(Conv2dDirection direction, const Conv2dParams& p) {
 
 // Channels that one vector computes; 16-bit types are computed in float.
 int64_t vector_lanes(DType dtype) {
-  const int64_t bytes = isa() == Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16;
+  const int64_t bytes = isa() >= Isa::kAvx512 ? 64 : isa() == Isa::kAvx2 ? 32 : 16;
   return bytes / max64(4, element_size(dtype));
 }
 
@@ -48,12 +50,20 @@ bool plain_1x1(const Conv2dParams& p) {
          p.pad_h == 0 && p.pad_w == 0;
 }
 
+// float32; or bfloat16 in pairs of channels, and then of 3x3.
+bool winograd_type(Conv2dDirection direction, const Conv2dParams& p) {
+  if (p.dtype == DType::kFloat32) return p.R == 3 || p.R == 5;
+  if (p.dtype != DType::kBFloat16 || !multiplies_pairs() || p.R != 3) return false;
+  if (direction == Conv2dDirection::kWeightGrad) return true;  // pairs of tiles
+  return (direction == Conv2dDirection::kForward ? p.C : p.K) / p.groups % 2 == 0;
+}
+
 // Whether the algorithm can compute this at all.
 bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   switch (algorithm) {
     case Conv2dAlgorithm::kWinograd:
-      return p.dtype == DType::kFloat32 && (p.R == 3 || p.R == 5) && p.S == p.R && p.stride_h == 1 &&
-             p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && !empty_sum(direction, p);
+      return winograd_type(direction, p) && p.S == p.R && p.stride_h == 1 && p.stride_w == 1 &&
+             p.dilation_h == 1 && p.dilation_w == 1 && !empty_sum(direction, p);
     case Conv2dAlgorithm::kDepthwise:
       return narrow_groups(p) && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kGemmNchw:
@@ -84,22 +94,32 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
   if (algorithm == Conv2dAlgorithm::kGemmNchw) {
     // The input gradient's weights are packed there too, 24 bytes at a time: few pixels do not pay that back.
     if (direction == Conv2dDirection::kInputGrad && p.N * p.P * p.Q < kNchwPixels) return false;
+    if (p.dtype == DType::kBFloat16 && multiplies_pairs()) return false;  // pairs are of neighbours in NHWC
     return p.P * p.Q > 1 && (p.R * p.S == 1 || p.R * p.S * p.C / p.groups <= kNchwDepth);
   }
   if (algorithm == Conv2dAlgorithm::kFewPixels) return p.N * p.P * p.Q <= kFewPixels && !p.packed;
   // Forward: one tap a row is a plain matrix product.
   if (algorithm == Conv2dAlgorithm::kFewChannels && direction == Conv2dDirection::kForward) {
-    return p.S > 1 && p.K <= kFewPanels * conv2d_panel_columns(p.dtype);
+    return p.S > 1 && !conv2d_packs_pairs(p) && p.K <= kFewPanels * conv2d_panel_columns(p.dtype);
   }
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;
   // A weight gradient of a few tiles is mostly the way back of its sums, 36 for each filter and channel.
-  const int64_t tile = 7 - p.R, tiles = p.N * ceil_div(p.P, tile) * ceil_div(p.Q, tile);
+  const int64_t tile = (p.dtype == DType::kBFloat16 ? 5 : 7) - p.R,
+                tiles = p.N * ceil_div(p.P, tile) * ceil_div(p.Q, tile);
   if (direction == Conv2dDirection::kWeightGrad && tiles < 8) return false;
+  // Half as far again from float64 as bfloat16's roundings of the other two: 2.5 times a direct sum.
+  if (direction == Conv2dDirection::kWeightGrad && p.dtype == DType::kBFloat16) return false;
   // The transforms cost as much as some ten channels' products, and tiles must not be mostly edge.
   return p.allow_winograd && p.C / p.groups >= 16 && p.K / p.groups >= 16 && p.P >= 4 && p.Q >= 4;
 }
 
 }  // namespace
+
+bool conv2d_packs_pairs(const Conv2dParams& p) {
+  const int64_t channels = p.C / p.groups;
+  return p.dtype == DType::kBFloat16 && multiplies_pairs() &&
+         (channels % 2 == 0 || p.R * p.S * channels <= kUncutDepth);
+}
 
 int64_t conv2d_panel_columns(DType dtype) { return 2 * vector_lanes(dtype); }
 

@@ -7,8 +7,8 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 // Below so many elements packing is not worth a second thread.
 constexpr int64_t kPackGrain = 65536;
 
-template <class T>
-void pack_filters(const Filters<T>& f, int64_t group, int64_t column, Accumulator<T>* panel) {
+template <class T, class E>
+void pack_filters(const Filters<T, E>& f, int64_t group, int64_t column, E* panel) {
   const int64_t filter = f.R * f.S * f.channels;
   const T* weight = f.weight + group * f.outputs * filter;
   if (!f.transposed) {
@@ -16,17 +16,18 @@ void pack_filters(const Filters<T>& f, int64_t group, int64_t column, Accumulato
     return;
   }
   for (int64_t i = f.h.taps - 1; i >= 0; --i) {
-    for (int64_t j = f.w.taps - 1; j >= 0; --j, panel += f.outputs * kTileColumns<Accumulator<T>>) {
+    for (int64_t j = f.w.taps - 1; j >= 0; --j, panel += operands<E>(f.outputs) * kTileColumns<E>) {
       const int64_t tap = (f.h.tap + i * f.h.tap_step) * f.S + f.w.tap + j * f.w.tap_step;
       pack_panel(weight + tap * f.channels + column, filter, f.channels - column, f.outputs, panel);
     }
   }
 }
 
-template <class T>
-void pack_all_filters(const Filters<T>& filters, int64_t groups, Accumulator<T>* packed) {
-  constexpr int64_t kColumns = kTileColumns<Accumulator<T>>;
-  const int64_t panel_size = filters.depth() * kColumns, panels = ceil_div(filters.columns(), kColumns);
+template <class T, class E>
+void pack_all_filters(const Filters<T, E>& filters, int64_t groups, E* packed) {
+  constexpr int64_t kColumns = kTileColumns<E>;
+  const int64_t panel_size = operands<E>(filters.depth()) * kColumns,
+                panels = ceil_div(filters.columns(), kColumns);
   parallel_for(groups * panels, ceil_div(kPackGrain, panel_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       pack_filters(filters, i / panels, i % panels * kColumns, packed + i * panel_size);
@@ -34,12 +35,15 @@ void pack_all_filters(const Filters<T>& filters, int64_t groups, Accumulator<T>*
   });
 }
 
-#define INSTANTIATE(T)                                                              \
-  template void pack_filters(const Filters<T>&, int64_t, int64_t, Accumulator<T>*); \
-  template void pack_all_filters(const Filters<T>&, int64_t, Accumulator<T>*);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(BFloat16)
-INSTANTIATE(Half)
+#define INSTANTIATE(T, E)                                                 \
+  template void pack_filters(const Filters<T, E>&, int64_t, int64_t, E*); \
+  template void pack_all_filters(const Filters<T, E>&, int64_t, E*);
+INSTANTIATE(float, float)
+INSTANTIATE(double, double)
+INSTANTIATE(BFloat16, float)
+INSTANTIATE(Half, float)
+#if defined(CUDA_CNN_HAS_PAIRS)
+INSTANTIATE(BFloat16, Bf16Pair)
+#endif
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -9,25 +9,25 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 // Forward: a column an output channel, depth (r, s, input channel). Input gradient: a column an input
 // channel, depth (tap, tap, output channel) over the taps of a phase, backwards, so that they step forwards
 // in dy.
-template <class T>
+template <class T, class E = Accumulator<T>>
 struct Filters {
   const T* weight;  // [K][R][S][channels]
   int64_t R, S;
   int64_t channels, outputs;  // of a group
   bool transposed;            // for the input gradient, with the taps of
   Conv2dPhase h, w;
-  const Accumulator<T>* packed = nullptr;  // all panels, where a caller has kept them
+  const E* packed = nullptr;  // all panels, where a caller has kept them
 
   int64_t columns() const { return transposed ? channels : outputs; }
   int64_t depth() const { return transposed ? h.taps * w.taps * outputs : R * S * channels; }
 };
 
 // The panel [depth][kTileColumns] of the columns from `column` on.
-template <class T>
-void pack_filters(const Filters<T>& filters, int64_t group, int64_t column, Accumulator<T>* panel);
+template <class T, class E>
+void pack_filters(const Filters<T, E>& filters, int64_t group, int64_t column, E* panel);
 
 // All of them, group by group.
-template <class T>
-void pack_all_filters(const Filters<T>& filters, int64_t groups, Accumulator<T>* panels);
+template <class T, class E>
+void pack_all_filters(const Filters<T, E>& filters, int64_t groups, E* panels);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -22,7 +22,7 @@ namespace {
 
 // A's block is read once a panel, and stays in an L2 of 512 KiB; B comes from L2 or L3, a line for each
 // kBlockRows * 2 multiply-adds at the least, which the prefetcher hides.
-constexpr int64_t kBlockDepth = 1024;
+constexpr int64_t kBlockDepth = 1024;  // operands, as kChain
 constexpr int64_t kBlockRows = 168;
 constexpr int64_t kBlockBytes = 344064;
 constexpr int64_t kGroupBytes = 262144;
@@ -38,24 +38,25 @@ struct DepthBlocks {
   int64_t depth, unit, tap_depth, blocks_per_tap, size;
 };
 
-template <class T>
+template <class E, class T>
 DepthBlocks cut_depth(const Gather<T>& g) {
+  constexpr int64_t kMost = kBlockDepth * kDepthOf<E>;
   DepthBlocks cut{g.depth(), 0, g.channels, 0, 0};
-  if (g.channels > kBlockDepth) {
-    cut.blocks_per_tap = ceil_div(g.channels, kBlockDepth);
+  if (g.channels > kMost) {
+    cut.blocks_per_tap = ceil_div(g.channels, kMost);
     cut.size = ceil_div(ceil_div(g.channels, cut.blocks_per_tap), kLanes<T>) * kLanes<T>;
   } else {
-    cut.unit = g.S * g.channels <= kBlockDepth ? g.S * g.channels : g.channels;
+    cut.unit = g.S * g.channels <= kMost ? g.S * g.channels : g.channels;
     const int64_t units = cut.depth / cut.unit;
-    const int64_t blocks = ceil_div(units, kBlockDepth / cut.unit);
+    const int64_t blocks = ceil_div(units, kMost / cut.unit);
     cut.size = ceil_div(units, blocks) * cut.unit;
   }
   return cut;
 }
 
-template <class T>
+template <class E>
 int64_t block_tiles(const DepthBlocks& cut) {
-  const int64_t row_bytes = cut.size * static_cast<int64_t>(sizeof(Accumulator<T>));
+  const int64_t row_bytes = cut.size * static_cast<int64_t>(sizeof(Element<E>));
   return max64(1, min64(kBlockRows, kBlockBytes / row_bytes) / kTileRows);
 }
 
@@ -65,12 +66,12 @@ CUDA_CNN_INLINE int64_t block_end(const DepthBlocks& cut, int64_t begin) {
   return min64(begin + cut.size, limit);
 }
 
-template <class T>
+template <class T, class E>
 struct Task {
   const Gather<T>& gather;
   const Scatter<T>& scatter;
-  const Accumulator<T>* panels;  // of the group
-  int64_t channel;               // the group's first
+  const E* panels;  // of the group
+  int64_t channel;  // the group's first
   int64_t columns;
   int64_t position, count;
   int64_t panel_begin, panel_end;
@@ -78,9 +79,15 @@ struct Task {
   const int64_t* pixels;  // of the output, a position's, where they are not
 };
 
-// pixels[i] of the output for positions position + i.
+// Column 0 of `out`: what fills up the last pair.
 template <class T>
-void list_pixels(const Task<T>& t, int64_t* pixels) {
+void zero_column(T* out, int64_t rows, int64_t step) {
+  for (int64_t i = 0; i < rows; ++i) out[i * step] = T{};
+}
+
+// pixels[i] of the output for positions position + i.
+template <class T, class E>
+void list_pixels(const Task<T, E>& t, int64_t* pixels) {
   const Scatter<T>& to = t.scatter;
   const int64_t P = t.gather.P, Q = t.gather.Q;
   int64_t q = t.position % Q, p = t.position / Q % P, n = t.position / (Q * P);
@@ -94,8 +101,8 @@ void list_pixels(const Task<T>& t, int64_t* pixels) {
 }
 
 // bias, residual, ReLU, narrowing: `rows` x `columns` of c, which has step kTileColumns.
-template <class T>
-void finish(const Task<T>& t, int64_t position, int64_t rows, int64_t channel, int64_t columns,
+template <class T, class E>
+void finish(const Task<T, E>& t, int64_t position, int64_t rows, int64_t channel, int64_t columns,
             const Accumulator<T>* c) {
   using Acc = Accumulator<T>;
   constexpr int kWidth = kLanes<Acc>;
@@ -116,7 +123,7 @@ void finish(const Task<T>& t, int64_t position, int64_t rows, int64_t channel, i
       }
       if (to.relu) value = relu(value);
       if (whole) {
-        store(out, value);
+        store_result<E>(out, value);
       } else {
         store_first(out, value, left);
       }
@@ -124,16 +131,19 @@ void finish(const Task<T>& t, int64_t position, int64_t rows, int64_t channel, i
   }
 }
 
-template <class T>
-void run_task(Task<T> t) {
+template <class T, class E>
+void run_task(Task<T, E> t) {
   using Acc = Accumulator<T>;
-  constexpr int64_t kColumns = kTileColumns<Acc>;
-  const DepthBlocks cut = cut_depth(t.gather);
-  const bool crowded = kTileRows > 8 && t.gather.pixel * sizeof(Acc) % kSetsBytes == 0;
-  const bool packs = crowded || !t.gather.is_matrix();
-  const int64_t step = packs ? (ceil_div(cut.size, kLanes<Acc>) + 1) * kLanes<Acc> : t.gather.pixel;
-  Acc* packed = packs ? workspace<Acc>(Workspace::kA, t.count * step) : nullptr;
-  Acc* sums = workspace<Acc>(Workspace::kB, ceil_div(t.columns, kColumns) * t.count * kColumns);
+  constexpr int64_t kColumns = kTileColumns<E>, kDepth = kDepthOf<E>, kLine = kLanes<E> * kDepth;
+  const DepthBlocks cut = cut_depth<E>(t.gather);
+  const bool crowded = kTileRows > 8 && t.gather.pixel * sizeof(T) % kSetsBytes == 0;
+  const bool packs = crowded || !t.gather.template is_matrix<E>();
+  const int64_t step = packs ? (ceil_div(cut.size, kLine) + 1) * kLine : t.gather.pixel;
+  Element<E>* packed = packs ? workspace<Element<E>>(Workspace::kA, t.count * step) : nullptr;
+  // Sums of a depth in one piece are done with at once, and stay in L1.
+  const bool single = cut.size >= cut.depth;
+  Acc* sums = workspace<Acc>(Workspace::kB,
+                             (single ? kTileRows : ceil_div(t.columns, kColumns) * t.count) * kColumns);
   const Gather<T>& gather = t.gather;
   int64_t* pixels = t.linear ? nullptr : workspace<int64_t>(Workspace::kD, t.count);
   if (!t.linear) list_pixels(t, pixels);
@@ -144,38 +154,41 @@ void run_task(Task<T> t) {
   for (int64_t begin = 0; begin < cut.depth;) {
     const int64_t end = block_end(cut, begin);
     const bool last = end == cut.depth;
-    const Acc* a = packed;
+    const auto* a = reinterpret_cast<const E*>(packed);
     if (packs) {
       pack_positions(gather, t.position, t.count, begin, end, packed, step);
+      if ((end - begin) % kDepth) zero_column(packed + end - begin, t.count, step);
     } else {
-      a = reinterpret_cast<const Acc*>(gather.source) + t.position * step + begin;
+      a = reinterpret_cast<const E*>(gather.source + t.position * step + begin);
     }
     // Panels that L2 holds beside A follow one another for each tile, whose rows are then in L1.
-    const int64_t panel_bytes = (end - begin) * kColumns * static_cast<int64_t>(sizeof(Acc));
+    const int64_t depth = operands<E>(end - begin);
+    const int64_t panel_bytes = depth * kColumns * static_cast<int64_t>(sizeof(E));
     const int64_t group = max64(1, kGroupBytes / panel_bytes);
     for (int64_t first = t.panel_begin; first < t.panel_end; first += group) {
       const int64_t group_end = min64(first + group, t.panel_end);
       for (int64_t i = 0; i < t.count; i += kTileRows) {
         const int64_t rows = min64(t.count - i, kTileRows);
         // The first group finds A in memory, and reads more rows at once than a hardware prefetcher follows.
-        Prefetch next = prefetch_rows(a + (i + kTileRows) * step, step, end - begin,
+        Prefetch next = prefetch_rows(a + (i + kTileRows) * step / kDepth, step / kDepth, depth,
                                       packs || first > t.panel_begin ? 0 : kTileRows);
-        const int64_t lines = ceil_div(next.count(), ceil_div(end - begin, kChain) * (group_end - first));
+        const int64_t lines = ceil_div(next.count(), ceil_div(depth, kChain) * (group_end - first));
         for (int64_t panel = first; panel < group_end; ++panel) {
           const int64_t columns = min64(t.columns - panel * kColumns, kColumns);
           const int64_t channel = t.channel + panel * kColumns;
-          const Acc* b = t.panels + (panel * cut.depth + begin) * kColumns;
+          const E* b = t.panels + (panel * operands<E>(cut.depth) + begin / kDepth) * kColumns;
           const bool direct = in_place && columns == kColumns;
-          TileOutput<Acc> out{sums + (panel * t.count + i) * kColumns, kColumns, nullptr, false, false};
+          const int64_t row_of_sums = single ? 0 : panel * t.count + i;
+          TileOutput<Acc> out{sums + row_of_sums * kColumns, kColumns, nullptr, false, false};
           if (direct) {
             out.c = reinterpret_cast<Acc*>(t.scatter.out) + (t.position + i) * t.scatter.pixel + channel;
             out.step = t.scatter.pixel;
             prefetch_output(out.c, out.step, rows, kColumns);
           }
-          const Tile<Acc> tile = find_tile<Acc>(TileOperand::kDepthContiguous, rows, columns);
-          for (int64_t d = begin; d < end; d += kChain) {
-            out.accumulate = d > 0;
-            if (last && direct && d + kChain >= end) {
+          const Tile<E> tile = find_tile<E>(TileOperand::kDepthContiguous, rows, columns);
+          for (int64_t d = 0; d < depth; d += kChain) {
+            out.accumulate = begin + d > 0;
+            if (last && direct && d + kChain >= depth) {
               const Scatter<T>& to = t.scatter;
               out.relu = to.relu;
               if (to.bias) out.bias = reinterpret_cast<const Acc*>(to.bias) + channel;
@@ -186,7 +199,7 @@ void run_task(Task<T> t) {
               }
             }
             next.lines(lines);
-            tile(a + i * step + d - begin, step, b + (d - begin) * kColumns, min64(kChain, end - d), out);
+            tile(a + i * step / kDepth + d, step / kDepth, b + d * kColumns, min64(kChain, depth - d), out);
           }
           if (last && !direct) finish(t, t.position + i, rows, channel, columns, out.c);
         }
@@ -215,15 +228,15 @@ GemmTasks cut_tasks(int64_t positions, int64_t panels, int64_t groups, int64_t b
 
 }  // namespace
 
-template <class T>
-void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumulator<T>* panels, int64_t N,
-               int64_t groups, int64_t columns) {
-  constexpr int64_t kColumns = kTileColumns<Accumulator<T>>;
+template <class T, class E>
+void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const E* panels, int64_t N, int64_t groups,
+               int64_t columns) {
+  constexpr int64_t kColumns = kTileColumns<E>;
   const int64_t positions = N * gather.P * gather.Q, depth = gather.depth();
   const int64_t group_panels = ceil_div(columns, kColumns);
   const bool linear =
       scatter.step_h == 1 && scatter.step_w == 1 && gather.P == scatter.H && gather.Q == scatter.W;
-  const GemmTasks cut = cut_tasks(positions, group_panels, groups, block_tiles<T>(cut_depth(gather)),
+  const GemmTasks cut = cut_tasks(positions, group_panels, groups, block_tiles<E>(cut_depth<E>(gather)),
                                   positions * depth * columns * groups < 2 * kWorthAThread);
 
   parallel_for(cut.blocks * groups * cut.channel_parts, 1, [&](int64_t task_begin, int64_t task_end) {
@@ -232,10 +245,10 @@ void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumul
       const int64_t group = rest % groups, part = rest / groups;
       const int64_t position = cut.tiles * block / cut.blocks * kTileRows;
       const int64_t end = min64(positions, cut.tiles * (block + 1) / cut.blocks * kTileRows);
-      run_task(Task<T>{gather.of_group(group), scatter, panels + group * group_panels * depth * kColumns,
-                       group * columns, columns, position, end - position,
-                       group_panels * part / cut.channel_parts, group_panels * (part + 1) / cut.channel_parts,
-                       linear});
+      run_task(Task<T, E>{gather.of_group(group), scatter,
+                          panels + group * group_panels * operands<E>(depth) * kColumns, group * columns,
+                          columns, position, end - position, group_panels * part / cut.channel_parts,
+                          group_panels * (part + 1) / cut.channel_parts, linear});
     }
   });
 }
@@ -245,6 +258,10 @@ template void correlate(const Gather<double>&, const Scatter<double>&, const dou
                         int64_t);
 template void correlate(const Gather<BFloat16>&, const Scatter<BFloat16>&, const float*, int64_t, int64_t,
                         int64_t);
+#if defined(CUDA_CNN_HAS_PAIRS)
+template void correlate(const Gather<BFloat16>&, const Scatter<BFloat16>&, const Bf16Pair*, int64_t, int64_t,
+                        int64_t);
+#endif
 template void correlate(const Gather<Half>&, const Scatter<Half>&, const float*, int64_t, int64_t, int64_t);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -43,10 +43,11 @@ Scatter<T> phase_scatter(const Conv2dParams& p, const Conv2dPhase& h, const Conv
 }
 
 // out = matrix(gather) * panels for each of `groups`: N*P*Q positions, `columns` channels a group.
-// panels holds [group][panel][depth][kTileColumns]; group g reads channels from g * gather.channels on.
-template <class T>
-void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Accumulator<T>* panels, int64_t N,
-               int64_t groups, int64_t columns);
+// panels holds [group][panel][depth][kTileColumns] of operands E; group g reads channels from
+// g * gather.channels on.
+template <class T, class E>
+void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const E* panels, int64_t N, int64_t groups,
+               int64_t columns);
 
 // The same for one group of few channels whose taps are neighbours along a row (few_channels_forward.cpp);
 // out is `linear` and there is no residual.

@@ -5,24 +5,44 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-// May write up to a vector behind out + count; reads nothing at or behind `end`.
+// A vector of channels, widened or as it is; and its first `count`, with zeros behind.
 template <class T>
-CUDA_CNN_INLINE void copy_channels(const T* from, int64_t count, const T* end, Accumulator<T>* out) {
-  if (count < kLanes<T>) {
-    return store(out, from + kLanes<T> <= end ? load(from) : load_first(from, count));
-  }
-  for (int64_t c = 0; c + kLanes<T> <= count; c += kLanes<T>) store(out + c, load(from + c));
-  store(out + count - kLanes<T>, load(from + count - kLanes<T>));  // overlaps the one before
+CUDA_CNN_INLINE void copy_vector(const T* from, Accumulator<T>* out) {
+  store(out, load(from));
+}
+template <class T>
+CUDA_CNN_INLINE void copy_first(const T* from, int64_t count, Accumulator<T>* out) {
+  store(out, load_first(from, count));
+}
+CUDA_CNN_INLINE void copy_vector(const BFloat16* from, BFloat16* out) {
+  store_half_words(out, load_half_words(from));
+}
+CUDA_CNN_INLINE void copy_first(const BFloat16* from, int64_t count, BFloat16* out) {
+  for (int64_t c = 0; c < kLanes<float>; ++c) out[c] = c < count ? from[c] : BFloat16{};
+}
+CUDA_CNN_INLINE void zero_vector(BFloat16* out) { store_half_words(out, HalfWords{}); }
+template <class Acc>
+CUDA_CNN_INLINE void zero_vector(Acc* out) {
+  store(out, Vec<Acc>{});
 }
 
-template <class Acc>
-CUDA_CNN_INLINE void zero_channels(int64_t count, Acc* out) {
-  for (int64_t c = 0; c < count; c += kLanes<Acc>) store(out + c, Vec<Acc>{});
+// May write up to a vector behind out + count; reads nothing at or behind `end`.
+template <class T, class To>
+CUDA_CNN_INLINE void copy_channels(const T* from, int64_t count, const T* end, To* out) {
+  constexpr int kWidth = kLanes<T>;
+  if (count < kWidth) return from + kWidth <= end ? copy_vector(from, out) : copy_first(from, count, out);
+  for (int64_t c = 0; c + kWidth <= count; c += kWidth) copy_vector(from + c, out + c);
+  copy_vector(from + count - kWidth, out + count - kWidth);  // overlaps the one before
+}
+
+template <class To>
+CUDA_CNN_INLINE void zero_channels(int64_t count, To* out) {
+  for (int64_t c = 0; c < count; c += kLanes<To>) zero_vector(out + c);
 }
 
 // A row of taps from column w0 on, of which not all are inside the image.
-template <class T>
-void copy_clipped(const Gather<T>& g, const T* from, int64_t w0, const T* end, Accumulator<T>* out) {
+template <class T, class To>
+void copy_clipped(const Gather<T>& g, const T* from, int64_t w0, const T* end, To* out) {
   const int64_t depth = g.S * g.channels, left = min64(max64(-w0, 0), g.S) * g.channels;
   const int64_t right = max64(min64(g.W - w0, g.S) * g.channels, left);
   if (left > 0) zero_channels(left, out);
@@ -30,8 +50,8 @@ void copy_clipped(const Gather<T>& g, const T* from, int64_t w0, const T* end, A
   if (right < depth) zero_channels(depth - right, out + right);
 }
 
-template <class T>
-void map_channels(const Gather<T>& gather, int64_t channel, int64_t count, Accumulator<T>* out) {
+template <class T, class To>
+void map_channels(const Gather<T>& gather, int64_t channel, int64_t count, To* out) {
   using Acc = Accumulator<T>;
   constexpr int kWidth = kLanes<Acc>;
   for (int64_t c = 0; c < count; c += kWidth) {
@@ -48,9 +68,9 @@ void map_channels(const Gather<T>& gather, int64_t channel, int64_t count, Accum
 
 }  // namespace
 
-template <class T>
+template <class T, class To>
 void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t depth_begin,
-                    int64_t depth_end, Accumulator<T>* out, int64_t step) {
+                    int64_t depth_end, To* out, int64_t step) {
   const int64_t first_tap = depth_begin / g.channels, first_channel = depth_begin % g.channels;
   const int64_t depth = depth_end - depth_begin, row_depth = g.S * g.channels;
   const bool mapped = g.scale || g.relu;
@@ -97,10 +117,8 @@ void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t
   }
 }
 
-template <class T>
-void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth,
-                           Accumulator<T>* panel) {
-  using Acc = Accumulator<T>;
+template <class T, class Acc>
+void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Acc* panel) {
   constexpr int kWidth = kLanes<Acc>;
   for (int64_t d = 0; d < depth; d += kWidth) {
     const int64_t left = min64(depth - d, kWidth);
@@ -117,9 +135,8 @@ void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_
   }
 }
 
-template <class T>
-void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Accumulator<T>* panel) {
-  using Acc = Accumulator<T>;
+template <class T, class Acc>
+void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Acc* panel) {
   constexpr int kWidth = kLanes<Acc>;
   for (int64_t d = 0; d < depth; ++d, rows += pitch, panel += kTileColumns<Acc>) {
     for (int j = 0; j < kTileVectors; ++j) {
@@ -154,6 +171,59 @@ void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64
     }
   }
 }
+
+#if defined(CUDA_CNN_HAS_PAIRS)
+template void pack_positions(const Gather<BFloat16>&, int64_t, int64_t, int64_t, int64_t, BFloat16*, int64_t);
+
+// 32 of a row's depth are a vector of 16 pairs, so that a square of pairs is transposed as one of floats.
+template <>
+void pack_panel_transposed(const BFloat16* rows, int64_t pitch, int64_t columns, int64_t depth,
+                           Bf16Pair* panel) {
+  constexpr int kWidth = kLanes<Bf16Pair>, kDepth = 2 * kWidth;
+  for (int64_t d = 0; d < depth; d += kDepth) {
+    const int64_t left = min64(depth - d, kDepth);
+    for (int j = 0; j < kTileVectors; ++j) {
+      Vec<float> square[kWidth];
+      const BFloat16* from = rows + j * kWidth * pitch + d;
+      for (int i = 0; i < kWidth; ++i, from += pitch) {
+        BFloat16 first[kDepth] = {};
+        const bool inside = j * kWidth + i < columns;
+        for (int64_t k = 0; inside && left < kDepth && k < left; ++k) first[k] = from[k];
+        square[i] = load(reinterpret_cast<const float*>(inside && left == kDepth ? from : first));
+      }
+      transpose<float>(square);
+      for (int64_t i = 0; i < operands<Bf16Pair>(left); ++i) {
+        store(reinterpret_cast<float*>(panel + (d / 2 + i) * kTileColumns<Bf16Pair> + j * kWidth), square[i]);
+      }
+    }
+  }
+}
+
+void pack_pairs(const BFloat16* even, const BFloat16* odd, int64_t count, Bf16Pair* out) {
+  constexpr int kWidth = kLanes<Bf16Pair>;
+  for (int64_t c = 0; c < count; c += kWidth) {
+    BFloat16 first[2][kWidth] = {};
+    const bool whole = c + kWidth <= count;
+    for (int64_t k = 0; !whole && k < count - c; ++k) {
+      first[0][k] = even[c + k];
+      if (odd) first[1][k] = odd[c + k];
+    }
+    store(out + c, zip(load_half_words(whole ? even + c : first[0]),
+                       load_half_words(whole && odd ? odd + c : first[1])));
+  }
+}
+
+template <>
+void pack_panel(const BFloat16* rows, int64_t pitch, int64_t columns, int64_t depth, Bf16Pair* panel) {
+  constexpr int64_t kColumns = kTileColumns<Bf16Pair>;
+  for (int64_t d = 0; d < depth; d += 2, rows += 2 * pitch, panel += kColumns) {
+    pack_pairs(rows, d + 1 < depth ? rows + pitch : nullptr, min64(columns, kColumns), panel);
+    for (int64_t c = ceil_div(columns, kLanes<float>) * kLanes<float>; c < kColumns; c += kLanes<float>) {
+      store(panel + c, Words{});
+    }
+  }
+}
+#endif
 
 #define INSTANTIATE(T)                                                                                \
   template void pack_positions(const Gather<T>&, int64_t, int64_t, int64_t, int64_t, Accumulator<T>*, \

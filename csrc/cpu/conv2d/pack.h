@@ -22,10 +22,12 @@ struct Gather {
   bool relu = false;
 
   int64_t depth() const { return R * S * channels; }
-  // Whether the source itself is the matrix: rows `pixel` apart, nothing to convert.
+  // Whether the source itself is a matrix of operands E: rows `pixel` apart, nothing to convert.
+  template <class E>
   bool is_matrix() const {
-    return sizeof(T) == sizeof(Accumulator<T>) && R * S == 1 && stride_h == 1 && stride_w == 1 &&
-           base_h == 0 && base_w == 0 && P == H && Q == W && !scale && !relu;
+    return sizeof(T) == sizeof(Element<E>) && channels % kDepthOf<E> == 0 && pixel % kDepthOf<E> == 0 &&
+           R * S == 1 && stride_h == 1 && stride_w == 1 && base_h == 0 && base_w == 0 && P == H && Q == W &&
+           !scale && !relu;
   }
   Gather of_group(int64_t group) const {
     Gather of_group = *this;
@@ -60,20 +62,24 @@ Gather<T> forward_gather(const Conv2dParams& p) {
 }
 
 // Rows [position, position + count) and columns [depth_begin, depth_end) of the matrix, `step` elements
-// apart; step has room for a vector behind the columns.
-template <class T>
+// apart; step has room for a vector behind the columns. To is Accumulator<T>, or T itself.
+template <class T, class To>
 void pack_positions(const Gather<T>& gather, int64_t position, int64_t count, int64_t depth_begin,
-                    int64_t depth_end, Accumulator<T>* out, int64_t step);
+                    int64_t depth_end, To* out, int64_t step);
 
-// A panel [depth][kTileColumns] of a matrix with rows[column][depth]: its columns are rows of memory, `pitch`
-// apart.
-template <class T>
-void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth,
-                           Accumulator<T>* panel);
+// A panel [depth][kTileColumns] of operands E of a matrix with rows[column][depth]: its columns are rows of
+// memory, `pitch` apart.
+template <class T, class E>
+void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth, E* panel);
 
 // A panel of a matrix [depth][columns] with rows `pitch` apart.
-template <class T>
-void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Accumulator<T>* panel);
+template <class T, class E>
+void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, E* panel);
+
+#if defined(CUDA_CNN_HAS_PAIRS)
+// Pairs of two rows' neighbours, written up to a whole vector; no `odd` is a row of 0.
+void pack_pairs(const BFloat16* even, const BFloat16* odd, int64_t count, Bf16Pair* out);
+#endif
 
 // The inverse of pack_panel_transposed, narrowing: rows[column][depth] of a panel.
 template <class T>

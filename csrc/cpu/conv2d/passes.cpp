@@ -11,27 +11,19 @@ namespace {
 // Below so many elements zeros are not worth a second thread.
 constexpr int64_t kZeroGrain = 65536;
 
-template <class T>
-const Accumulator<T>* packed_filters(const Filters<T>& filters, int64_t groups) {
-  using Acc = Accumulator<T>;
+template <class T, class E>
+const E* packed_filters(const Filters<T, E>& filters, int64_t groups) {
   if (filters.packed) return filters.packed;
-  const int64_t columns = ceil_div(filters.columns(), kTileColumns<Acc>) * kTileColumns<Acc>;
-  Acc* packed = workspace<Acc>(Workspace::kShared, groups * columns * filters.depth());
+  const int64_t columns = ceil_div(filters.columns(), kTileColumns<E>) * kTileColumns<E>;
+  E* packed = workspace<E>(Workspace::kShared, groups * columns * operands<E>(filters.depth()));
   pack_all_filters(filters, groups, packed);
   return packed;
 }
 
-template <class T>
-Filters<T> make_filters(const Conv2dParams& p) {
-  return {static_cast<const T*>(p.weight),
-          p.R,
-          p.S,
-          p.C / p.groups,
-          p.K / p.groups,
-          false,
-          {},
-          {},
-          static_cast<const Accumulator<T>*>(p.packed)};
+template <class T, class E = Accumulator<T>>
+Filters<T, E> make_filters(const Conv2dParams& p) {
+  return {static_cast<const T*>(p.weight), p.R, p.S, p.C / p.groups, p.K / p.groups, false, {}, {},
+          static_cast<const E*>(p.packed)};
 }
 
 template <class T>
@@ -62,19 +54,26 @@ void zero_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& 
 
 template <class T>
 void forward_gemm(const Conv2dParams& p) {
-  const Accumulator<T>* panels = packed_filters(make_filters<T>(p), p.groups);
-  correlate(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.groups, p.K / p.groups);
+  with_operand<T>(conv2d_packs_pairs(p), [&](auto operand) {
+    const auto* panels = packed_filters(make_filters<T, decltype(operand)>(p), p.groups);
+    correlate(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.groups, p.K / p.groups);
+  });
 }
 
 template <class T>
-void forward_few_channels(const Conv2dParams& p) {
+void forward_few_channels(const Conv2dParams& unpacked) {
+  Conv2dParams p = unpacked;
+  if (conv2d_packs_pairs(p)) p.packed = nullptr;  // runs of odd length have no pairs
   const Accumulator<T>* panels = packed_filters(make_filters<T>(p), 1);
   correlate_few_channels(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.K);
 }
 
 void forward_winograd(const Conv2dParams& p) {
-  correlate_winograd(forward_gather<float>(p), forward_scatter<float>(p), make_filters<float>(p), p.N,
-                     p.groups);
+  with_winograd_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    correlate_winograd(forward_gather<T>(p), forward_scatter<T>(p), make_filters<T, PairOf<T>>(p), p.N,
+                       p.groups);
+  });
 }
 
 template <class T>
@@ -85,12 +84,14 @@ void input_grad_gemm(const Conv2dParams& p) {
       const Conv2dPhase w = conv2d_phase(b, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
       if (h.taps == 0 || w.taps == 0) {
         zero_phase<T>(p, h, w);
-      } else {
-        Filters<T> filters = make_filters<T>(p);
+        continue;
+      }
+      with_operand<T>(multiplies_pairs() && p.K / p.groups % 2 == 0, [&](auto operand) {
+        auto filters = make_filters<T, decltype(operand)>(p);
         filters.transposed = true, filters.h = h, filters.w = w;
         correlate(phase_gather<T>(p, h, w), phase_scatter<T>(p, h, w), packed_filters(filters, p.groups), p.N,
                   p.groups, filters.columns());
-      }
+      });
     }
   }
 }
@@ -98,15 +99,21 @@ void input_grad_gemm(const Conv2dParams& p) {
 void input_grad_winograd(const Conv2dParams& p) {
   const Conv2dPhase h = conv2d_phase(0, p.H, p.R, 1, p.pad_h, 1),
                     w = conv2d_phase(0, p.W, p.S, 1, p.pad_w, 1);
-  Filters<float> filters = make_filters<float>(p);
-  filters.transposed = true, filters.h = h, filters.w = w;
-  correlate_winograd(phase_gather<float>(p, h, w), phase_scatter<float>(p, h, w), filters, p.N, p.groups);
+  with_winograd_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    auto filters = make_filters<T, PairOf<T>>(p);
+    filters.transposed = true, filters.h = h, filters.w = w;
+    correlate_winograd(phase_gather<T>(p, h, w), phase_scatter<T>(p, h, w), filters, p.N, p.groups);
+  });
 }
 
 void conv2d_pack(const Conv2dParams& p) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    pack_all_filters(make_filters<T>(p), p.groups, static_cast<Accumulator<T>*>(p.y));
+    with_operand<T>(conv2d_packs_pairs(p), [&](auto operand) {
+      using E = decltype(operand);
+      pack_all_filters(make_filters<T, E>(p), p.groups, static_cast<E*>(p.y));
+    });
   });
 }
 

@@ -35,18 +35,19 @@ CUDA_CNN_INLINE void store_tile(const Vec<Acc> (&sums)[kRows][kVectors], const T
   }
 }
 
-// One step of depth; value(i) is A's element of row i.
-template <class Acc, int kRows, int kVectors, class Value>
-CUDA_CNN_INLINE void multiply_add(Vec<Acc> (&sums)[kRows][kVectors], const Acc* b, const Value& value) {
-  Vec<Acc> columns[kVectors];
+// One step of depth; value(i) points to A's element of row i.
+template <class E, int kRows, int kVectors, class Value>
+CUDA_CNN_INLINE void multiply_add(Vec<Accumulator<E>> (&sums)[kRows][kVectors], const E* b,
+                                  const Value& value) {
+  Vec<E> columns[kVectors];
 #pragma GCC unroll 2
   for (int j = 0; j < kVectors; ++j) {
-    columns[j] = load(b + j * kLanes<Acc>);
+    columns[j] = load(b + j * kLanes<E>);
     pin(columns[j]);
   }
 #pragma GCC unroll 14
   for (int i = 0; i < kRows; ++i) {
-    const Vec<Acc> row = broadcast(value(i));
+    const Vec<E> row = broadcast_from(value(i));
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sums[i][j] = fma(row, columns[j], sums[i][j]);
   }
@@ -58,8 +59,8 @@ CUDA_CNN_INLINE void multiply_add(Vec<Acc> (&sums)[kRows][kVectors], const Acc* 
 template <int kVectors>
 constexpr int kSets = kVectors == 1 ? 2 : 1;
 
-template <class Acc, int kRows, int kVectors>
-CUDA_CNN_INLINE void join_sets(Vec<Acc> (&sums)[kSets<kVectors>][kRows][kVectors]) {
+template <class E, int kRows, int kVectors>
+CUDA_CNN_INLINE void join_sets(Vec<Accumulator<E>> (&sums)[kSets<kVectors>][kRows][kVectors]) {
   if constexpr (kSets<kVectors> > 1) {
 #pragma GCC unroll 14
     for (int i = 0; i < kRows; ++i) {
@@ -71,15 +72,15 @@ CUDA_CNN_INLINE void join_sets(Vec<Acc> (&sums)[kSets<kVectors>][kRows][kVectors
 
 // sums += A * B over `depth`; b is left behind what was read. Rows in threes from one pointer: row i is [p],
 // [p + step] or [p + 2*step], which are addressing modes.
-template <class Acc, int kRows, int kVectors>
-CUDA_CNN_INLINE void add_depth(Vec<Acc> (&sums)[kSets<kVectors>][kRows][kVectors], const Acc* a,
-                               int64_t a_step, const Acc*& b, int64_t depth) {
+template <class E, int kRows, int kVectors>
+CUDA_CNN_INLINE void add_depth(Vec<Accumulator<E>> (&sums)[kSets<kVectors>][kRows][kVectors], const E* a,
+                               int64_t a_step, const E*& b, int64_t depth) {
   constexpr int kUnroll = 4, kGroups = (kRows + 2) / 3;
-  const Acc* rows[kGroups];
+  const E* rows[kGroups];
 #pragma GCC unroll 5
   for (int g = 0; g < kGroups; ++g) rows[g] = a + 3 * g * a_step;
   const auto advance = [&](int steps) __attribute__((always_inline)) {
-    b += steps * kTileColumns<Acc>;
+    b += steps * kTileColumns<E>;
 #pragma GCC unroll 5
     for (int g = 0; g < kGroups; ++g) rows[g] += steps;
   };
@@ -89,91 +90,97 @@ CUDA_CNN_INLINE void add_depth(Vec<Acc> (&sums)[kSets<kVectors>][kRows][kVectors
       opaque(b);
 #pragma GCC unroll 5
       for (int g = 0; g < kGroups; ++g) opaque(rows[g]);
-      multiply_add<Acc>(sums[d % kSets<kVectors>], b + d * kTileColumns<Acc>,
-                        [&](int i)
-                            __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_step + d]; });
+      multiply_add<E>(sums[d % kSets<kVectors>], b + d * kTileColumns<E>,
+                      [&](int i) __attribute__((always_inline)) { return rows[i / 3] + i % 3 * a_step + d; });
     }
     advance(kUnroll);
   }
   for (; depth > 0; --depth) {
-    multiply_add<Acc>(sums[0], b,
-                      [&](int i) __attribute__((always_inline)) { return rows[i / 3][i % 3 * a_step]; });
+    multiply_add<E>(sums[0], b,
+                    [&](int i) __attribute__((always_inline)) { return rows[i / 3] + i % 3 * a_step; });
     advance(1);
   }
 }
 
-template <class Acc, int kRows, int kVectors>
-void depth_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out) {
-  Vec<Acc> sums[kSets<kVectors>][kRows][kVectors] = {};
-  add_depth<Acc, kRows, kVectors>(sums, a, a_step, b, depth);
-  join_sets<Acc, kRows, kVectors>(sums);
-  store_tile<Acc, kRows, kVectors>(sums[0], out);
+template <class E, int kRows, int kVectors>
+void depth_contiguous(const E* a, int64_t a_step, const E* b, int64_t depth,
+                      const TileOutput<Accumulator<E>>& out) {
+  Vec<Accumulator<E>> sums[kSets<kVectors>][kRows][kVectors] = {};
+  add_depth<E, kRows, kVectors>(sums, a, a_step, b, depth);
+  join_sets<E, kRows, kVectors>(sums);
+  store_tile<Accumulator<E>, kRows, kVectors>(sums[0], out);
 }
 
-template <class Acc, int kRows, int kVectors>
-void runs_contiguous(const Acc* a, int64_t a_step, int64_t runs, int64_t run, int64_t run_step, const Acc* b,
-                     const TileOutput<Acc>& out) {
-  Vec<Acc> sums[kSets<kVectors>][kRows][kVectors] = {};
-  for (; runs > 0; --runs, a += run_step) add_depth<Acc, kRows, kVectors>(sums, a, a_step, b, run);
-  join_sets<Acc, kRows, kVectors>(sums);
-  store_tile<Acc, kRows, kVectors>(sums[0], out);
+template <class E, int kRows, int kVectors>
+void runs_contiguous(const E* a, int64_t a_step, int64_t runs, int64_t run, int64_t run_step, const E* b,
+                     const TileOutput<Accumulator<E>>& out) {
+  Vec<Accumulator<E>> sums[kSets<kVectors>][kRows][kVectors] = {};
+  for (; runs > 0; --runs, a += run_step) add_depth<E, kRows, kVectors>(sums, a, a_step, b, run);
+  join_sets<E, kRows, kVectors>(sums);
+  store_tile<Accumulator<E>, kRows, kVectors>(sums[0], out);
 }
 
-template <class Acc, int kRows, int kVectors>
-void row_contiguous(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out) {
+template <class E, int kRows, int kVectors>
+void row_contiguous(const E* a, int64_t a_step, const E* b, int64_t depth,
+                    const TileOutput<Accumulator<E>>& out) {
   constexpr int kSteps = kSets<kVectors>;
-  Vec<Acc> sums[kSteps][kRows][kVectors] = {};
+  Vec<Accumulator<E>> sums[kSteps][kRows][kVectors] = {};
   const auto step = [&](int set) __attribute__((always_inline)) {
     opaque(a);
     opaque(b);
-    multiply_add<Acc>(sums[set], b, [&](int i) __attribute__((always_inline)) { return a[i]; });
+    multiply_add<E>(sums[set], b, [&](int i) __attribute__((always_inline)) { return a + i; });
     a += a_step;
-    b += kTileColumns<Acc>;
+    b += kTileColumns<E>;
   };
   for (; depth >= kSteps; depth -= kSteps) {
 #pragma GCC unroll 2
     for (int set = 0; set < kSteps; ++set) step(set);
   }
   if (depth > 0) step(0);
-  join_sets<Acc, kRows, kVectors>(sums);
-  store_tile<Acc, kRows, kVectors>(sums[0], out);
+  join_sets<E, kRows, kVectors>(sums);
+  store_tile<Accumulator<E>, kRows, kVectors>(sums[0], out);
 }
 
-template <class Acc>
+template <class E>
 struct TileTable {
-  Tile<Acc> tiles[2][2][kTileRows + 1];             // [operand][vectors - 1][rows]
-  TileOfRuns<Acc> tiles_of_runs[2][kTileRows + 1];  // [vectors - 1][rows]
+  Tile<E> tiles[2][2][kTileRows + 1];             // [operand][vectors - 1][rows]
+  TileOfRuns<E> tiles_of_runs[2][kTileRows + 1];  // [vectors - 1][rows]
 
   template <int kRows>
   constexpr void fill() {
-    tiles[0][0][kRows] = depth_contiguous<Acc, kRows, 1>;
-    tiles[0][1][kRows] = depth_contiguous<Acc, kRows, 2>;
-    tiles[1][0][kRows] = row_contiguous<Acc, kRows, 1>;
-    tiles[1][1][kRows] = row_contiguous<Acc, kRows, 2>;
-    tiles_of_runs[0][kRows] = runs_contiguous<Acc, kRows, 1>;
-    tiles_of_runs[1][kRows] = runs_contiguous<Acc, kRows, 2>;
+    tiles[0][0][kRows] = depth_contiguous<E, kRows, 1>;
+    tiles[0][1][kRows] = depth_contiguous<E, kRows, 2>;
+    tiles[1][0][kRows] = row_contiguous<E, kRows, 1>;
+    tiles[1][1][kRows] = row_contiguous<E, kRows, 2>;
+    if constexpr (kDepthOf<E> == 1) {  // a run of pairs would end within one
+      tiles_of_runs[0][kRows] = runs_contiguous<E, kRows, 1>;
+      tiles_of_runs[1][kRows] = runs_contiguous<E, kRows, 2>;
+    }
     if constexpr (kRows > 1) fill<kRows - 1>();
   }
   constexpr TileTable() : tiles(), tiles_of_runs() { fill<kTileRows>(); }
 };
 
-template <class Acc>
-constexpr TileTable<Acc> kTable;
+template <class E>
+constexpr TileTable<E> kTable;
 
 }  // namespace
 
-template <class Acc>
-Tile<Acc> find_tile(TileOperand operand, int64_t rows, int64_t columns) {
-  return kTable<Acc>.tiles[static_cast<int>(operand)][columns > kLanes<Acc>][rows];
+template <class E>
+Tile<E> find_tile(TileOperand operand, int64_t rows, int64_t columns) {
+  return kTable<E>.tiles[static_cast<int>(operand)][columns > kLanes<E>][rows];
 }
 
-template <class Acc>
-TileOfRuns<Acc> find_tile_of_runs(int64_t rows, int64_t columns) {
-  return kTable<Acc>.tiles_of_runs[columns > kLanes<Acc>][rows];
+template <class E>
+TileOfRuns<E> find_tile_of_runs(int64_t rows, int64_t columns) {
+  return kTable<E>.tiles_of_runs[columns > kLanes<E>][rows];
 }
 
 template Tile<float> find_tile<float>(TileOperand, int64_t, int64_t);
 template Tile<double> find_tile<double>(TileOperand, int64_t, int64_t);
+#if defined(CUDA_CNN_HAS_PAIRS)
+template Tile<Bf16Pair> find_tile<Bf16Pair>(TileOperand, int64_t, int64_t);
+#endif
 template TileOfRuns<float> find_tile_of_runs<float>(int64_t, int64_t);
 template TileOfRuns<double> find_tile_of_runs<double>(int64_t, int64_t);
 

@@ -1,8 +1,9 @@
 // The register tile that every dense convolution here is made of:
 //   C[rows][columns] += A[rows][depth] * B[depth][columns]
+// for operands E of A and B, and sums of Accumulator<E>. Its depth counts E: pairs, where those are pairs.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/conv2d/operand.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
@@ -13,8 +14,8 @@ constexpr int kTileRows = 14;
 constexpr int kTileRows = 6;
 #endif
 constexpr int kTileVectors = 2;
-template <class Acc>
-constexpr int kTileColumns = kTileVectors * kLanes<Acc>;
+template <class E>
+constexpr int kTileColumns = kTileVectors * kLanes<E>;
 
 // B is a panel [depth][kTileColumns], whole or with its first vector alone in use.
 // Of A, either the depth or the rows are contiguous; the other index has step a_step.
@@ -33,18 +34,19 @@ struct TileOutput {
   const Acc* row_bias = nullptr;  // a value a row, or null
 };
 
-template <class Acc>
-using Tile = void (*)(const Acc* a, int64_t a_step, const Acc* b, int64_t depth, const TileOutput<Acc>& out);
+template <class E>
+using Tile = void (*)(const E* a, int64_t a_step, const E* b, int64_t depth,
+                      const TileOutput<Accumulator<E>>& out);
 
 // The same where A's depth lies in `runs` pieces of `run`, run_step apart.
-template <class Acc>
-using TileOfRuns = void (*)(const Acc* a, int64_t a_step, int64_t runs, int64_t run, int64_t run_step,
-                            const Acc* b, const TileOutput<Acc>& out);
-template <class Acc>
-TileOfRuns<Acc> find_tile_of_runs(int64_t rows, int64_t columns);
+template <class E>
+using TileOfRuns = void (*)(const E* a, int64_t a_step, int64_t runs, int64_t run, int64_t run_step,
+                            const E* b, const TileOutput<Accumulator<E>>& out);
+template <class E>
+TileOfRuns<E> find_tile_of_runs(int64_t rows, int64_t columns);
 
 // The tile of 1 <= rows <= kTileRows and as many vectors as `columns` needs.
-template <class Acc>
-Tile<Acc> find_tile(TileOperand operand, int64_t rows, int64_t columns);
+template <class E>
+Tile<E> find_tile(TileOperand operand, int64_t rows, int64_t columns);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

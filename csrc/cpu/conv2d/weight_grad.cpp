@@ -21,6 +21,7 @@ struct WeightGradCut {
 namespace {
 
 // A panel of dy: 8 KiB, a quarter of L1. A chain of sums, too: its error grows with the root of this.
+// (Pixels of operands: twice as many in pairs.)
 constexpr int64_t kBlockPixels = 64;
 constexpr int64_t kBlockPixelsNchw =
     192;                              // both operands are packed: longer chains write sums back less often
@@ -56,6 +57,7 @@ WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int
   }
   cut.chunk = ceil_div(pixels, cut.chunks);
   cut.block = ceil_div(cut.chunk, ceil_div(cut.chunk, block_pixels));
+  cut.block += cut.block % 2;  // whole pairs
   return cut;
 }
 
@@ -71,8 +73,8 @@ struct WeightGradTask {
 };
 
 // The panel of dy's channels from k on: pixels [pixel, pixel + count).
-template <class T>
-void pack_dy(const WeightGradTask<T>& t, int64_t pixel, int64_t count, int64_t k, Accumulator<T>* panel) {
+template <class T, class E>
+void pack_dy(const WeightGradTask<T>& t, int64_t pixel, int64_t count, int64_t k, E* panel) {
   if (!t.nchw_end) {
     return pack_panel(t.dy + pixel * t.dy_pixel + k, t.dy_pixel, t.outputs - k, count, panel);
   }
@@ -81,22 +83,47 @@ void pack_dy(const WeightGradTask<T>& t, int64_t pixel, int64_t count, int64_t k
     const int64_t n = (pixel + i) / plane, q = (pixel + i) % plane;
     length = min64(count - i, plane - q);
     pack_panel_transposed(t.dy + (n * t.dy_pixel + k) * plane + q, plane, t.outputs - k, length,
-                          panel + i * kTileColumns<Accumulator<T>>);
+                          panel + i * kTileColumns<E>);
   }
 }
 
-template <class T>
+// x's rows of pixels [pixel, pixel + count), [pixel][(r,s,c)], with pairs of pixels in the place of pixels.
+template <class T, class E>
+void pack_x(const WeightGradTask<T>& t, int64_t pixel, int64_t count, E* packed, int64_t step) {
+  if constexpr (kDepthOf<E> == 1) {
+    pack_positions(t.gather, pixel, count, t.d_begin, t.d_end, packed, step);
+  } else {
+#if defined(CUDA_CNN_HAS_PAIRS)
+    const int64_t d_count = t.d_end - t.d_begin;
+    const bool plain = t.gather.template is_matrix<BFloat16>();
+    T* rows = plain ? nullptr : workspace<T>(Workspace::kD, 2 * step);
+    for (int64_t i = 0; i < count; i += 2, packed += step) {
+      const bool both = i + 1 < count;
+      const T *even = rows, *odd = rows + step;
+      if (plain) {
+        even = t.gather.source + (pixel + i) * t.gather.pixel + t.d_begin, odd = even + t.gather.pixel;
+      } else {
+        pack_positions(t.gather, pixel + i, both ? 2 : 1, t.d_begin, t.d_end, rows, step);
+      }
+      pack_pairs(even, both ? odd : nullptr, d_count, packed);
+    }
+#endif
+  }
+}
+
+template <class T, class E>
 void accumulate(const WeightGradTask<T>& t) {
   using Acc = Accumulator<T>;
-  constexpr int64_t kColumns = kTileColumns<Acc>;
-  // With rows of 2 KiB or more too many of a block would share a cache set.
-  const bool nchw = t.nchw_end, in_place = !nchw && t.gather.is_matrix() && t.gather.pixel < 512;
+  constexpr int64_t kColumns = kTileColumns<E>, kDepth = kDepthOf<E>;
+  // With rows of 2 KiB or more too many of a block would share a cache set. Pairs of pixels lie nowhere yet.
+  const bool nchw = t.nchw_end,
+             in_place = !nchw && kDepth == 1 && t.gather.template is_matrix<E>() && t.gather.pixel < 512;
   const int64_t packed_rows = nchw ? t.d_end - t.d_begin : t.block;
   const int64_t packed_columns = nchw ? t.block : t.d_end - t.d_begin;
   const int64_t packed_step = ceil_div(packed_columns, kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
   const int64_t step = in_place ? t.gather.pixel : packed_step;
-  Acc* packed = in_place ? nullptr : workspace<Acc>(Workspace::kA, packed_rows * step);
-  Acc* b = workspace<Acc>(Workspace::kB, t.block * kColumns);
+  E* packed = in_place ? nullptr : workspace<E>(Workspace::kA, ceil_div(packed_rows, kDepth) * step);
+  E* b = workspace<E>(Workspace::kB, ceil_div(t.block, kDepth) * kColumns);
   const TileOperand operand = nchw ? TileOperand::kDepthContiguous : TileOperand::kRowContiguous;
   const int64_t depth = t.gather.depth(), d_count = t.d_end - t.d_begin;
   // Sums of a single block are done with at once, and stay in cache.
@@ -106,13 +133,13 @@ void accumulate(const WeightGradTask<T>& t) {
   for (int64_t pixel = t.pixel_begin; pixel < t.pixel_end; pixel += t.block) {
     const int64_t count = min64(t.pixel_end - pixel, t.block);
     const int64_t next = pixel + count, next_count = min64(t.pixel_end - next, t.block);
-    const Acc* a = packed;
-    if (nchw) {
+    const E* a = packed;
+    if (in_place) {
+      a = reinterpret_cast<const E*>(t.gather.source) + pixel * step + t.d_begin;
+    } else if (!nchw) {
+      pack_x(t, pixel, count, packed, step);
+    } else if constexpr (kDepth == 1) {
       pack_planes(t.gather, t.nchw_end, pixel, count, t.d_begin, t.d_end, {packed, t.block, step, 0});
-    } else if (in_place) {
-      a = reinterpret_cast<const Acc*>(t.gather.source) + pixel * step + t.d_begin;
-    } else {
-      pack_positions(t.gather, pixel, count, t.d_begin, t.d_end, packed, step);
     }
     Prefetch next_x = prefetch_rows(a + count * step, step, d_count, in_place ? next_count : 0);
     Prefetch next_dy = prefetch_rows(t.dy + next * t.dy_pixel + t.panel_begin * kColumns, t.dy_pixel,
@@ -122,8 +149,8 @@ void accumulate(const WeightGradTask<T>& t) {
       pack_dy(t, pixel, count, k, b);
       Acc* sums = single ? single_sums : t.sums + (panel * depth + t.d_begin) * kColumns;
       for (int64_t d = 0; d < d_count; d += kTileRows) {
-        find_tile<Acc>(operand, min64(d_count - d, kTileRows), t.outputs - k)(
-            a + d * (nchw ? step : 1), step, b, count,
+        find_tile<E>(operand, min64(d_count - d, kTileRows), t.outputs - k)(
+            a + d * (nchw ? step : 1), step, b, operands<E>(count),
             {sums + d * kColumns, kColumns, nullptr, pixel > t.pixel_begin, false});
         next_x.lines(16);
         next_dy.lines(16);
@@ -146,10 +173,10 @@ void add_chunks(Acc* sums, int64_t chunks, int64_t chunk_size, int64_t begin, in
 
 }  // namespace
 
-template <class T>
-void weight_grad_gemm(const Conv2dParams& p) {
+template <class T, class E>
+void weight_grad_of(const Conv2dParams& p) {
   using Acc = Accumulator<T>;
-  constexpr int64_t kColumns = kTileColumns<Acc>;
+  constexpr int64_t kColumns = kTileColumns<E>;
   const int64_t outputs = p.K / p.groups, pixels = p.N * p.P * p.Q;
   const Gather<T> gather = forward_gather<T>(p);
   const T* dy = static_cast<const T*>(p.dy);
@@ -158,7 +185,7 @@ void weight_grad_gemm(const Conv2dParams& p) {
   const int64_t depth = gather.depth(), panels = ceil_div(outputs, kColumns);
   const int64_t panel_size = depth * kColumns, group_size = panels * panel_size,
                 chunk_size = p.groups * group_size;
-  const int64_t block_pixels = p.nchw ? kBlockPixelsNchw : kBlockPixels;
+  const int64_t block_pixels = p.nchw ? kBlockPixelsNchw : kBlockPixels * kDepthOf<E>;
   const WeightGradCut cut = cut_weight_grad(pixels, depth, panels, p.groups, block_pixels);
   Acc* sums = workspace<Acc>(Workspace::kShared, pixels <= block_pixels ? 0 : cut.chunks * chunk_size);
 
@@ -175,7 +202,7 @@ void weight_grad_gemm(const Conv2dParams& p) {
       t.panel_begin = panels * part / cut.parts, t.panel_end = panels * (part + 1) / cut.parts;
       t.sums = sums + chunk * chunk_size + group * group_size;
       t.dweight = cut.chunks == 1 ? static_cast<T*>(p.dweight) + group * outputs * depth : nullptr;
-      accumulate(t);
+      accumulate<T, E>(t);
     }
   });
   if (cut.chunks == 1) return;
@@ -188,6 +215,12 @@ void weight_grad_gemm(const Conv2dParams& p) {
                                            static_cast<T*>(p.dweight) + (group * outputs + k) * depth, depth);
                  }
                });
+}
+
+template <class T>
+void weight_grad_gemm(const Conv2dParams& p) {
+  with_operand<T>(multiplies_pairs() && !p.nchw,
+                  [&](auto operand) { weight_grad_of<T, decltype(operand)>(p); });
 }
 
 template void weight_grad_gemm<float>(const Conv2dParams&);

@@ -1,7 +1,8 @@
 // Winograd's F(4x4,3x3) and F(2x2,5x5), forward and input gradient: 36 products for 16 outputs where a direct
-// sum takes 144, or for 4 where it takes 100.
-//   a block of tiles is transformed (V), 36 small matrix products with the transformed filters (U) give M,
-//   and the inverse transform adds bias and residual, rectifies and stores. V and M stay in L2 or near it:
+// sum takes 144, or for 4 where it takes 100. With bfloat16 in pairs F(2x2,3x3): 16 products for 4 outputs
+// where a direct sum takes 36.
+//   a block of tiles is transformed (V), as many small matrix products with the transformed filters (U) give
+//   M, and the inverse transform adds bias and residual, rectifies and stores. V and M stay in L2 or near it:
 //   the transformed activations never exist as a whole.
 // Two schedules:
 //   tiles over threads, all filters transformed up front: few channels, many tiles; a thread's V and M fit L2
@@ -18,56 +19,72 @@ namespace {
 using winograd::V;
 constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
-constexpr int64_t kPad = 16;  // keeps the 36 streams of a transform off one another's cache sets
+constexpr int64_t kPad = 16;  // keeps the streams of a transform off one another's cache sets
 
-// U of one panel: [point][channel][kTileColumns], points u_step apart.
-CUDA_CNN_INLINE int64_t u_step(int64_t channels) { return channels * kColumns + kPad; }
+// U of one panel: [point][channel][kTileColumns] of operands, points u_step apart.
+template <class E>
+CUDA_CNN_INLINE int64_t u_step(int64_t channels) {
+  return operands<E>(channels) * kColumns + kPad;
+}
 CUDA_CNN_INLINE int64_t v_tile_step(int64_t channels) { return ceil_div(channels, kLane) * kLane + kPad; }
 
-template <int kTaps>
-void transform_panel(const float* panel, int64_t channels, float* u) {
-  for (int64_t c = 0; c < channels; ++c) {
+template <class T, int kTaps>
+void transform_panel(const PairOf<T>* panel, int64_t channels, PairOf<T>* u) {
+  using E = PairOf<T>;
+  constexpr int kIn = kWinogradIn<T>, kDepth = kDepthOf<E>;
+  const int64_t depth = operands<E>(channels);
+  for (int64_t c = 0; c < depth; ++c) {
     for (int j = 0; j < kTileVectors; ++j) {
-      V taps[kTaps][kTaps], points[6][6];
+      V taps[kDepth][kTaps][kTaps], points[kDepth][kIn][kIn];
       for (int r = 0; r < kTaps; ++r) {
-        for (int s = 0; s < kTaps; ++s)
-          taps[r][s] = load(panel + ((r * kTaps + s) * channels + c) * kColumns + j * kLane);
+        for (int s = 0; s < kTaps; ++s) {
+          V values[kDepth];
+          split(values, load(panel + ((r * kTaps + s) * depth + c) * kColumns + j * kLane));
+          for (int k = 0; k < kDepth; ++k) taps[k][r][s] = values[k];
+        }
       }
-      winograd::both_sides(winograd::filter<kTaps>, points, taps);
-      float* to = u + c * kColumns + j * kLane;
+      for (int k = 0; k < kDepth; ++k) winograd::both_sides(winograd::filter<kTaps>, points[k], taps[k]);
+      E* to = u + c * kColumns + j * kLane;
 #pragma GCC unroll 6
-      for (int r = 0; r < 6; ++r) {
+      for (int r = 0; r < kIn; ++r) {
 #pragma GCC unroll 6
-        for (int s = 0; s < 6; ++s) store(to + (r * 6 + s) * u_step(channels), points[r][s]);
+        for (int s = 0; s < kIn; ++s) {
+          V values[kDepth];
+          for (int k = 0; k < kDepth; ++k) values[k] = points[k][r][s];
+          store(to + (r * kIn + s) * u_step<E>(channels), join(values));
+        }
       }
     }
   }
 }
 
-void transform_filters(const Filters<float>& filters, int64_t group, int64_t column, int64_t channels,
-                       float* u) {
-  const int64_t panel_size = filters.depth() * kColumns;
-  const float* panel = filters.packed;
+template <class T, class E>
+void transform_filters(const Filters<T, E>& filters, int64_t group, int64_t column, int64_t channels, E* u) {
+  const int64_t panel_size = operands<E>(filters.depth()) * kColumns;
+  const E* panel = filters.packed;
   if (panel) {
     panel += (group * ceil_div(filters.columns(), kColumns) + column / kColumns) * panel_size;
   } else {
-    float* packed = workspace<float>(Workspace::kC, panel_size);
+    E* packed = workspace<E>(Workspace::kC, panel_size);
     pack_filters(filters, group, column, packed);
     panel = packed;
   }
-  const auto transform = filters.R == 3 ? transform_panel<3> : transform_panel<5>;
-  transform(panel, channels, u);
+  if constexpr (kWinogradIn<T> == 6) {
+    if (filters.R == 5) return transform_panel<T, 5>(panel, channels, u);
+  }
+  transform_panel<T, 3>(panel, channels, u);
 }
 
 // One vector of channels of one tile: m[point * point_step] to its outputs.
-template <int kOut>
-void transform_outputs(const Gather<float>& g, const Scatter<float>& to, const WinogradTile& tile,
-                       const float* m, int64_t point_step, int64_t channel, int64_t left) {
-  V products[6][6], y[kOut][kOut];
+template <class T, int kOut>
+void transform_outputs(const Gather<T>& g, const Scatter<T>& to, const WinogradTile& tile, const float* m,
+                       int64_t point_step, int64_t channel, int64_t left) {
+  constexpr int kIn = kWinogradIn<T>;
+  V products[kIn][kIn], y[kOut][kOut];
 #pragma GCC unroll 6
-  for (int i = 0; i < 6; ++i) {
+  for (int i = 0; i < kIn; ++i) {
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j) products[i][j] = load(m + (i * 6 + j) * point_step);
+    for (int j = 0; j < kIn; ++j) products[i][j] = load(m + (i * kIn + j) * point_step);
   }
   winograd::both_sides(winograd::output<kOut>, y, products);
   const bool whole = left >= kLane;
@@ -81,13 +98,13 @@ void transform_outputs(const Gather<float>& g, const Scatter<float>& to, const W
       const int64_t at = pixel + i * to.W + j;
       V value = y[i][j] + bias;
       if (to.residual) {
-        const float* residual = to.residual + at * to.residual_pixel + channel;
+        const T* residual = to.residual + at * to.residual_pixel + channel;
         value += whole ? load(residual) : load_first(residual, left);
       }
       if (to.relu) value = relu(value);
-      float* out = to.out + at * to.pixel + channel;
+      T* out = to.out + at * to.pixel + channel;
       if (whole) {
-        store(out, value);
+        store_result<PairOf<T>>(out, value);
       } else {
         store_first(out, value, left);
       }
@@ -96,19 +113,25 @@ void transform_outputs(const Gather<float>& g, const Scatter<float>& to, const W
 }
 
 // The products of one panel with the tiles [begin, end), whose V starts at v, and their outputs.
-void multiply_panel(const Gather<float>& g, const Scatter<float>& to, int64_t columns, int64_t channel,
-                    const float* u, const float* v, int64_t v_point_step, int64_t begin, int64_t end) {
+template <class T>
+void multiply_panel(const Gather<T>& g, const Scatter<T>& to, int64_t columns, int64_t channel,
+                    const PairOf<T>* u, const T* v, int64_t v_point_step, int64_t begin, int64_t end) {
+  using E = PairOf<T>;
   const int64_t tiles = end - begin, point_step = tiles * kColumns + kPad,
                 tile_step = v_tile_step(g.channels);
-  float* m = workspace<float>(Workspace::kB, kWinogradPoints * point_step);
-  for (int point = 0; point < kWinogradPoints; ++point) {
+  float* m = workspace<float>(Workspace::kB, kWinogradPoints<T> * point_step);
+  for (int point = 0; point < kWinogradPoints<T>; ++point) {
     for (int64_t t = 0; t < tiles; t += kTileRows) {
-      find_tile<float>(TileOperand::kDepthContiguous, min64(tiles - t, kTileRows), columns)(
-          v + point * v_point_step + t * tile_step, tile_step, u + point * u_step(g.channels), g.channels,
+      find_tile<E>(TileOperand::kDepthContiguous, min64(tiles - t, kTileRows), columns)(
+          reinterpret_cast<const E*>(v + point * v_point_step + t * tile_step), tile_step / kDepthOf<E>,
+          u + point * u_step<E>(g.channels), operands<E>(g.channels),
           {m + point * point_step + t * kColumns, kColumns, nullptr, false, false});
     }
   }
-  const auto transform = g.R == 3 ? transform_outputs<winograd_out(3)> : transform_outputs<winograd_out(5)>;
+  auto transform = transform_outputs<T, winograd_out<T>(3)>;
+  if constexpr (kWinogradIn<T> == 6) {
+    if (g.R == 5) transform = transform_outputs<T, winograd_out<T>(5)>;
+  }
   for (int64_t t = 0; t < tiles; ++t) {
     const WinogradTile tile = winograd_tile(g, begin + t);
     for (int64_t j = 0; j < min64(columns, kColumns); j += kLane) {
@@ -117,32 +140,35 @@ void multiply_panel(const Gather<float>& g, const Scatter<float>& to, int64_t co
   }
 }
 
+template <class T>
 struct Problem {
-  Gather<float> gather;  // of the group
-  const Scatter<float>& scatter;
-  const Filters<float>& filters;
+  using E = PairOf<T>;
+  Gather<T> gather;  // of the group
+  const Scatter<T>& scatter;
+  const Filters<T, E>& filters;
   int64_t group, tiles;
 
   int64_t columns() const { return filters.columns(); }
   int64_t panels() const { return ceil_div(columns(), kColumns); }
-  int64_t u_size() const { return kWinogradPoints * u_step(gather.channels); }
-  void multiply(int64_t panel, const float* u, const float* v, int64_t v_step, int64_t begin,
-                int64_t end) const {
+  int64_t u_size() const { return kWinogradPoints<T> * u_step<E>(gather.channels); }
+  void multiply(int64_t panel, const E* u, const T* v, int64_t v_step, int64_t begin, int64_t end) const {
     multiply_panel(gather, scatter, columns() - panel * kColumns, group * columns() + panel * kColumns, u, v,
                    v_step, begin, end);
   }
 };
 
-void tiles_over_threads(const Problem& p, int64_t block) {
+template <class T>
+void tiles_over_threads(const Problem<T>& p, int64_t block) {
+  using E = PairOf<T>;
   const int64_t channels = p.gather.channels, v_step = block * v_tile_step(channels) + kPad;
-  float* u = workspace<float>(Workspace::kShared, p.panels() * p.u_size());
+  E* u = workspace<E>(Workspace::kShared, p.panels() * p.u_size());
   parallel_for(p.panels(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       transform_filters(p.filters, p.group, panel * kColumns, channels, u + panel * p.u_size());
     }
   });
   parallel_for(ceil_div(p.tiles, block), 1, [&](int64_t first, int64_t last) {
-    float* v = workspace<float>(Workspace::kA, kWinogradPoints * v_step);
+    T* v = workspace<T>(Workspace::kA, kWinogradPoints<T> * v_step);
     for (int64_t begin = first * block; begin < min64(last * block, p.tiles); begin += block) {
       const int64_t end = min64(begin + block, p.tiles);
       winograd_inputs(p.gather, begin, end, v, v_step, v_tile_step(channels));
@@ -153,17 +179,19 @@ void tiles_over_threads(const Problem& p, int64_t block) {
   });
 }
 
-void filters_over_threads(const Problem& p, int64_t block) {
+template <class T>
+void filters_over_threads(const Problem<T>& p, int64_t block) {
+  using E = PairOf<T>;
   const int64_t channels = p.gather.channels, tile_step = v_tile_step(channels),
                 v_step = block * tile_step + kPad;
-  float* v = workspace<float>(Workspace::kShared, kWinogradPoints * v_step);
+  T* v = workspace<T>(Workspace::kShared, kWinogradPoints<T> * v_step);
   for (int64_t begin = 0; begin < p.tiles; begin += block) {
     const int64_t end = min64(begin + block, p.tiles);
     parallel_for(end - begin, 4, [&](int64_t first, int64_t last) {
       winograd_inputs(p.gather, begin + first, begin + last, v + first * tile_step, v_step, tile_step);
     });
     parallel_for(p.panels(), 1, [&](int64_t first, int64_t last) {
-      float* u = workspace<float>(Workspace::kD, p.u_size());
+      E* u = workspace<E>(Workspace::kD, p.u_size());
       for (int64_t panel = first; panel < last; ++panel) {
         transform_filters(p.filters, p.group, panel * kColumns, channels, u);
         // M of 56 tiles: 36 * 56 * 32 * 4 bytes = 252 KiB of L2.
@@ -184,7 +212,8 @@ struct ChannelMap {
   V scale, shift;
   bool rectify;
 
-  ChannelMap(const Gather<float>& g, int64_t channel, int64_t left)
+  template <class T>
+  ChannelMap(const Gather<T>& g, int64_t channel, int64_t left)
       : scale(broadcast(1.0f)), shift(V{}), rectify(g.relu) {
     if (!g.scale) return;
     scale = left >= kLane ? load(g.scale + channel) : load_first(g.scale + channel, left);
@@ -196,40 +225,59 @@ struct ChannelMap {
   }
 };
 
-template <bool kMapped>
-void transform_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* out, int64_t point_step,
-                      int64_t tile_step) {
-  static const float kZeros[kLane] = {};
-  for (int64_t t = begin; t < end; ++t, out += tile_step) {
+// The pixels of a tile; outside the image one of zeros.
+template <class T>
+struct InputTile {
+  static constexpr int kIn = kWinogradIn<T>;
+  const T* pixels[kIn][kIn];
+  int64_t step[kIn][kIn];  // 0 outside the image: the same zeros for every channel
+
+  InputTile(const Gather<T>& g, int64_t t) {
+    static const T kZeros[kLane] = {};
     const WinogradTile tile = winograd_tile(g, t);
-    const float* pixels[6][6];
-    int64_t step[6][6];  // 0 outside the image: the same zeros for every channel
-    for (int i = 0; i < 6; ++i) {
-      for (int j = 0; j < 6; ++j) {
+    for (int i = 0; i < kIn; ++i) {
+      for (int j = 0; j < kIn; ++j) {
         const int64_t h = g.base_h + tile.p + i, w = g.base_w + tile.q + j;
         const bool inside = h >= 0 && h < g.H && w >= 0 && w < g.W;
         pixels[i][j] = inside ? g.source + ((tile.n * g.H + h) * g.W + w) * g.pixel : kZeros;
         step[i][j] = inside;
       }
     }
-    for (int64_t c = 0; c < g.channels; c += kLane) {
-      V x[6][6], points[6][6];
-      const int64_t left = g.channels - c;
-      const ChannelMap map(g, c, left);
+  }
+
+  // The vector of channels from c on, at the points.
+  template <bool kMapped>
+  CUDA_CNN_INLINE void at_points(const Gather<T>& g, int64_t c, V (&points)[kIn][kIn]) const {
+    V x[kIn][kIn];
+    const int64_t left = g.channels - c;
+    const ChannelMap map(g, c, left);
 #pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i) {
+    for (int i = 0; i < kIn; ++i) {
 #pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) {
-          const float* from = pixels[i][j] + c * step[i][j];
-          x[i][j] = left >= kLane ? load(from) : load_first(from, left);
-          if (kMapped && step[i][j]) x[i][j] = map(x[i][j]);
-        }
+      for (int j = 0; j < kIn; ++j) {
+        const T* from = pixels[i][j] + c * step[i][j];
+        x[i][j] = left >= kLane ? load(from) : load_first(from, left);
+        if (kMapped && step[i][j]) x[i][j] = map(x[i][j]);
       }
-      winograd::both_sides(winograd::input, points, x);
+    }
+    winograd::both_sides(winograd::input, points, x);
+  }
+};
+
+template <bool kMapped, class T>
+void transform_inputs(const Gather<T>& g, int64_t begin, int64_t end, T* out, int64_t point_step,
+                      int64_t tile_step) {
+  constexpr int kIn = kWinogradIn<T>;
+  for (int64_t t = begin; t < end; ++t, out += tile_step) {
+    const InputTile<T> tile(g, t);
+    for (int64_t c = 0; c < g.channels; c += kLane) {
+      V points[kIn][kIn];
+      tile.template at_points<kMapped>(g, c, points);
 #pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i) {
+      for (int i = 0; i < kIn; ++i) {
 #pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) store(out + (i * 6 + j) * point_step + c, points[i][j]);
+        for (int j = 0; j < kIn; ++j)
+          store_result<PairOf<T>>(out + (i * kIn + j) * point_step + c, points[i][j]);
       }
     }
   }
@@ -237,7 +285,8 @@ void transform_inputs(const Gather<float>& g, int64_t begin, int64_t end, float*
 
 }  // namespace
 
-void winograd_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* out, int64_t point_step,
+template <class T>
+void winograd_inputs(const Gather<T>& g, int64_t begin, int64_t end, T* out, int64_t point_step,
                      int64_t tile_step) {
   if (g.scale || g.relu) {
     transform_inputs<true>(g, begin, end, out, point_step, tile_step);
@@ -246,13 +295,37 @@ void winograd_inputs(const Gather<float>& g, int64_t begin, int64_t end, float* 
   }
 }
 
-void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter,
-                        const Filters<float>& filters, int64_t N, int64_t groups) {
+#if defined(CUDA_CNN_HAS_PAIRS)
+void winograd_inputs(const Gather<BFloat16>& g, int64_t begin, int64_t end, Bf16Pair* out, int64_t point_step,
+                     int64_t tile_step) {
+  constexpr int kIn = kWinogradIn<BFloat16>;
+  for (int64_t t = begin; t < end; t += 2, out += tile_step) {
+    const InputTile<BFloat16> even(g, t), odd(g, min64(t + 1, end - 1));
+    for (int64_t c = 0; c < g.channels; c += kLane) {
+      V points[2][kIn][kIn] = {};
+      even.at_points<false>(g, c, points[0]);
+      if (t + 1 < end) odd.at_points<false>(g, c, points[1]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kIn; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kIn; ++j) {
+          store(out + (i * kIn + j) * point_step + c, zip(narrow(points[0][i][j]), narrow(points[1][i][j])));
+        }
+      }
+    }
+  }
+}
+#endif
+
+template <class T>
+void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
+                        const Filters<T, PairOf<T>>& filters, int64_t N, int64_t groups) {
   for (int64_t group = 0; group < groups; ++group) {
-    Problem p{gather, scatter, filters, group, winograd_tiles(gather, N)};
+    Problem<T> p{gather, scatter, filters, group, winograd_tiles(gather, N)};
     p.gather = p.gather.of_group(group);
     // A thread's V of a block is to fill half of a 1 MiB L2.
-    const int64_t fits = 524288 / (kWinogradPoints * 4 * v_tile_step(gather.channels));
+    const int64_t fits =
+        524288 / (kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(gather.channels));
     const int64_t most = max64(1, min64(fits / kTileRows, 4)) * kTileRows;
     const bool few_tiles = p.tiles < 2 * kTileRows * num_threads();
     if ((gather.channels <= 128 && !few_tiles) || p.panels() < num_threads()) {
@@ -264,5 +337,13 @@ void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatt
     }
   }
 }
+
+template void winograd_inputs(const Gather<float>&, int64_t, int64_t, float*, int64_t, int64_t);
+template void correlate_winograd(const Gather<float>&, const Scatter<float>&, const Filters<float>&, int64_t,
+                                 int64_t);
+#if defined(CUDA_CNN_HAS_PAIRS)
+template void correlate_winograd(const Gather<BFloat16>&, const Scatter<BFloat16>&,
+                                 const Filters<BFloat16, Bf16Pair>&, int64_t, int64_t);
+#endif
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -8,24 +8,56 @@
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
-// As correlate() of gemm.h; taps are neighbours, and the outputs fill their image.
-void correlate_winograd(const Gather<float>& gather, const Scatter<float>& scatter,
-                        const Filters<float>& filters, int64_t N, int64_t groups);
+// As correlate() of gemm.h; taps are neighbours, and the outputs fill their image. T is float, or bfloat16
+// with pairs of channels, of which a group has an even number.
+template <class T>
+void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
+                        const Filters<T, PairOf<T>>& filters, int64_t N, int64_t groups);
 
-// The 6x6 inputs of tiles [begin, end) at the points:
+// The inputs of tiles [begin, end) at the points:
 // out[point * point_step + (tile - begin) * tile_step + channel], zero up to a whole vector.
-void winograd_inputs(const Gather<float>& gather, int64_t begin, int64_t end, float* out, int64_t point_step,
+template <class T>
+void winograd_inputs(const Gather<T>& gather, int64_t begin, int64_t end, T* out, int64_t point_step,
                      int64_t tile_step);
+#if defined(CUDA_CNN_HAS_PAIRS)
+// The same in pairs of tiles, out[point * point_step + (tile - begin) / 2 * tile_step + channel]; `begin` is
+// even, and behind the last tile is one of 0.
+void winograd_inputs(const Gather<BFloat16>& gather, int64_t begin, int64_t end, Bf16Pair* out,
+                     int64_t point_step, int64_t tile_step);
+#endif
+
+// The values of operands, a vector for each of their depth; and the inverse.
+CUDA_CNN_INLINE void split(Vec<float> (&values)[1], Vec<float> operand) { values[0] = operand; }
+CUDA_CNN_INLINE Vec<float> join(const Vec<float> (&values)[1]) { return values[0]; }
+#if defined(CUDA_CNN_HAS_PAIRS)
+CUDA_CNN_INLINE void split(Vec<float> (&values)[2], Words pairs) {
+  values[0] = even(pairs), values[1] = odd(pairs);
+}
+CUDA_CNN_INLINE Words join(const Vec<float> (&values)[2]) {
+  return zip(narrow(values[0]), narrow(values[1]));
+}
+#endif
+
+// body(T{}) of the T that Winograd's algorithm computes with: float, or bfloat16 in pairs.
+template <class Body>
+void with_winograd_type([[maybe_unused]] DType dtype, const Body& body) {
+#if defined(CUDA_CNN_HAS_PAIRS)
+  if (dtype == DType::kBFloat16) return body(BFloat16{});
+#endif
+  body(float{});
+}
 
 struct WinogradTile {
   int64_t n, p, q;  // of its first output
 };
-CUDA_CNN_INLINE WinogradTile winograd_tile(const Gather<float>& g, int64_t tile) {
-  const int64_t out = winograd_out(g.R), rows = ceil_div(g.P, out), columns = ceil_div(g.Q, out);
+template <class T>
+CUDA_CNN_INLINE WinogradTile winograd_tile(const Gather<T>& g, int64_t tile) {
+  const int64_t out = winograd_out<T>(g.R), rows = ceil_div(g.P, out), columns = ceil_div(g.Q, out);
   return {tile / (rows * columns), tile / columns % rows * out, tile % columns * out};
 }
-CUDA_CNN_INLINE int64_t winograd_tiles(const Gather<float>& g, int64_t N) {
-  return N * ceil_div(g.P, winograd_out(g.R)) * ceil_div(g.Q, winograd_out(g.R));
+template <class T>
+CUDA_CNN_INLINE int64_t winograd_tiles(const Gather<T>& g, int64_t N) {
+  return N * ceil_div(g.P, winograd_out<T>(g.R)) * ceil_div(g.Q, winograd_out<T>(g.R));
 }
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

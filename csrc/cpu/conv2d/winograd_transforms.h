@@ -1,7 +1,8 @@
-// Winograd's F(4,3) and F(2,5): four outputs of a three-tap correlation, or two of a five-tap one, with six
-// multiplications instead of twelve or ten (Lavin, Gray 2016). With x(t), w(t) as polynomials their product
-// is fixed by its values at six points; here 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2, which round
-// better than 0, 1, -1, 2, -2.
+// Winograd's F(4,3), F(2,5) and F(2,3): four outputs of a three-tap correlation, or two of a five-tap one,
+// with six multiplications instead of twelve or ten (Lavin, Gray 2016). With x(t), w(t) as polynomials their
+// product is fixed by its values at six points; here 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2,
+// which round better than 0, 1, -1, 2, -2. F(2,3) has four points, 0, 1, -1 and infinity: four
+// multiplications instead of six, and factors of 1 and 1/2 alone, which is what bfloat16's roundings bear.
 //
 //   y = A^T [(G w) * (B^T x)]         6 values of x, 3 (5) of w, 4 (2) of y
 //   dw = G^T [(A dy) * (B^T x)]       its weight gradient
@@ -14,9 +15,17 @@
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
-constexpr int kWinogradIn = 6, kWinogradPoints = kWinogradIn * kWinogradIn;
-// Outputs of a tile, along one axis.
-constexpr int winograd_out(int taps) { return kWinogradIn + 1 - taps; }
+// Inputs of a tile along one axis, which are as many as the points; of both axes; and outputs.
+template <class T>
+constexpr int kWinogradIn = 6;
+template <>
+constexpr int kWinogradIn<BFloat16> = 4;
+template <class T>
+constexpr int kWinogradPoints = kWinogradIn<T> * kWinogradIn<T>;
+template <class T>
+constexpr int winograd_out(int taps) {
+  return kWinogradIn<T> + 1 - taps;
+}
 
 namespace winograd {
 
@@ -109,6 +118,39 @@ CUDA_CNN_INLINE void filter_transposed(V (&w)[kTaps], const V (&u)[6]) {
   }
   w[0] = plus_times(w[0], at_0, u[0]);
   w[kTaps - 1] += u[5];
+}
+
+// The same for the four points of F(2,3).
+CUDA_CNN_INLINE void input(V (&t)[4], const V (&x)[4]) {
+  t[0] = x[0] - x[2];
+  butterfly(t[1], t[2], x[2], x[1]);
+  t[3] = x[3] - x[1];
+}
+template <int kOut>
+CUDA_CNN_INLINE void output(V (&y)[kOut], const V (&m)[4]) {
+  butterfly(y[0], y[1], m[1], m[2]);
+  y[0] += m[0];
+  y[1] += m[3];
+}
+template <int kTaps>
+CUDA_CNN_INLINE void filter(V (&u)[4], const V (&w)[kTaps]) {
+  u[0] = w[0];
+  butterfly(u[1], u[2], times(0.5f, w[0] + w[2]), times(0.5f, w[1]));
+  u[3] = w[2];
+}
+template <int kOut>
+CUDA_CNN_INLINE void output_transposed(V (&m)[4], const V (&y)[kOut]) {
+  m[0] = y[0];
+  butterfly(m[1], m[2], y[0], y[1]);
+  m[3] = y[1];
+}
+template <int kTaps>
+CUDA_CNN_INLINE void filter_transposed(V (&w)[kTaps], const V (&u)[4]) {
+  V sum, difference;
+  butterfly(sum, difference, times(0.5f, u[1]), times(0.5f, u[2]));
+  w[0] = u[0] + sum;
+  w[1] = difference;
+  w[2] = sum + u[3];
 }
 
 // A square of vectors through one of these matrices on both sides: to = M from M^T.

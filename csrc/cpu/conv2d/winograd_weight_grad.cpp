@@ -1,7 +1,7 @@
-// Weight gradient by Winograd's F(4,3) or F(2,5), transposed: at each of the 36 points, dU = sum over tiles
-// of V^T * M, with V the transformed inputs as in winograd.cpp and M the transformed output gradients of a
-// tile; then the 36 points of dU give the taps. Blocks of tiles follow one another, and points and panels go
-// over the threads: every sum has one order.
+// Weight gradient by Winograd's F(4,3), F(2,5) or F(2,3), transposed: at each of the points, dU = sum over
+// tiles of V^T * M, with V the transformed inputs as in winograd.cpp and M the transformed output gradients
+// of a tile; then the points of dU give the taps. Blocks of tiles follow one another, and points and panels
+// go over the threads: every sum has one order.
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/winograd.h"
 
@@ -13,58 +13,73 @@ constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kPad = 16;
 
-// One group.
+// One group. Of bfloat16 the tiles of V and M are pairs.
+template <class T>
 struct Sums {
-  Gather<float> gather;
-  const float* dy;
+  Gather<T> gather;
+  const T* dy;
   int64_t dy_pixel, outputs, panels, tiles, block;
   int64_t v_tile, v_point;   // steps of V [point][tile][channel]
   int64_t m_panel, m_point;  // steps of M [point][panel][tile][kTileColumns]
   int64_t u_point, u_panel;  // steps of dU [panel][point][channel][kTileColumns]
 };
 
-// The output gradients of tiles [begin, end) at the points, into M from its tile `at` on.
-template <int kOut>
-void transform_gradients(const Sums& w, int64_t begin, int64_t end, float* m, int64_t at) {
-  const Gather<float>& g = w.gather;
-  for (int64_t t = begin; t < end; ++t, ++at) {
-    const WinogradTile tile = winograd_tile(g, t);
-    const float* dy = w.dy + ((tile.n * g.P + tile.p) * g.Q + tile.q) * w.dy_pixel;
+// The output gradients of a tile, the vector of channels from k on, at the points.
+template <int kOut, class T>
+CUDA_CNN_INLINE void gradients_at_points(const Sums<T>& w, int64_t t, int64_t k,
+                                         V (&points)[kWinogradIn<T>][kWinogradIn<T>]) {
+  const Gather<T>& g = w.gather;
+  const WinogradTile tile = winograd_tile(g, t);
+  const T* dy = w.dy + ((tile.n * g.P + tile.p) * g.Q + tile.q) * w.dy_pixel + k;
+  const int64_t left = w.outputs - k;
+  V y[kOut][kOut];
+#pragma GCC unroll 4
+  for (int i = 0; i < kOut; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kOut; ++j) {
+      const T* from = dy + (i * g.Q + j) * w.dy_pixel;
+      const bool inside = tile.p + i < g.P && tile.q + j < g.Q && left > 0;
+      y[i][j] = !inside ? V{} : left >= kLane ? load(from) : load_first(from, left);
+    }
+  }
+  winograd::both_sides(winograd::output_transposed<kOut>, points, y);
+}
+
+// Those of tiles [begin, end), into M from its tile `at` on.
+template <int kOut, class T>
+void transform_gradients(const Sums<T>& w, int64_t begin, int64_t end, PairOf<T>* m, int64_t at) {
+  constexpr int kIn = kWinogradIn<T>, kDepth = kDepthOf<PairOf<T>>;
+  for (int64_t t = begin; t < end; t += kDepth, at += kDepth) {
     for (int64_t k = 0; k < w.panels * kColumns; k += kLane) {
-      const int64_t left = w.outputs - k;
-      V y[kOut][kOut], points[6][6];
-#pragma GCC unroll 4
-      for (int i = 0; i < kOut; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kOut; ++j) {
-          const float* from = dy + (i * g.Q + j) * w.dy_pixel + k;
-          const bool inside = tile.p + i < g.P && tile.q + j < g.Q && left > 0;
-          y[i][j] = !inside ? V{} : left >= kLane ? load(from) : load_first(from, left);
+      V points[kDepth][kIn][kIn] = {};
+      for (int d = 0; d < kDepth && t + d < end; ++d) gradients_at_points<kOut>(w, t + d, k, points[d]);
+      PairOf<T>* to = m + k / kColumns * w.m_panel + at / kDepth * kColumns + k % kColumns;
+#pragma GCC unroll 6
+      for (int i = 0; i < kIn; ++i) {
+#pragma GCC unroll 6
+        for (int j = 0; j < kIn; ++j) {
+          V values[kDepth];
+          for (int d = 0; d < kDepth; ++d) values[d] = points[d][i][j];
+          store(to + (i * kIn + j) * w.m_point, join(values));
         }
-      }
-      winograd::both_sides(winograd::output_transposed<kOut>, points, y);
-      float* to = m + k / kColumns * w.m_panel + at * kColumns + k % kColumns;
-#pragma GCC unroll 6
-      for (int i = 0; i < 6; ++i) {
-#pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) store(to + (i * 6 + j) * w.m_point, points[i][j]);
       }
     }
   }
 }
 
 // The taps [tap][channel][kTileColumns] of one panel of dU.
-template <int kTaps>
-void transform_sums(const Sums& w, const float* u, float* taps) {
+template <int kTaps, class T>
+void transform_sums(const Sums<T>& w, const float* u, float* taps) {
+  constexpr int kIn = kWinogradIn<T>;
   const int64_t channels = w.gather.channels;
   for (int64_t c = 0; c < channels; ++c) {
     for (int j = 0; j < kTileVectors; ++j) {
-      V points[6][6], result[kTaps][kTaps];
+      V points[kIn][kIn], result[kTaps][kTaps];
       const float* from = u + c * kColumns + j * kLane;
 #pragma GCC unroll 6
-      for (int r = 0; r < 6; ++r) {
+      for (int r = 0; r < kIn; ++r) {
 #pragma GCC unroll 6
-        for (int s = 0; s < 6; ++s) points[r][s] = load(from + (r * 6 + s) * w.u_point);
+        for (int s = 0; s < kIn; ++s) points[r][s] = load(from + (r * kIn + s) * w.u_point);
       }
       winograd::both_sides(winograd::filter_transposed<kTaps>, result, points);
       for (int r = 0; r < kTaps; ++r) {
@@ -75,33 +90,40 @@ void transform_sums(const Sums& w, const float* u, float* taps) {
   }
 }
 
-void multiply_point(const Sums& w, int64_t point, int64_t panel, const float* v, const float* m,
+template <class T>
+void multiply_point(const Sums<T>& w, int64_t point, int64_t panel, const PairOf<T>* v, const PairOf<T>* m,
                     int64_t tiles, float* u, bool accumulate) {
+  using E = PairOf<T>;
   v += point * w.v_point;
   m += point * w.m_point + panel * w.m_panel;
   u += panel * w.u_panel + point * w.u_point;
   const int64_t channels = w.gather.channels, columns = w.outputs - panel * kColumns;
   for (int64_t c = 0; c < channels; c += kTileRows) {
-    find_tile<float>(TileOperand::kRowContiguous, min64(channels - c, kTileRows), columns)(
-        v + c, w.v_tile, m, tiles, {u + c * kColumns, kColumns, nullptr, accumulate, false});
+    find_tile<E>(TileOperand::kRowContiguous, min64(channels - c, kTileRows), columns)(
+        v + c, w.v_tile, m, operands<E>(tiles), {u + c * kColumns, kColumns, nullptr, accumulate, false});
   }
 }
 
-template <int kTaps>
-void group_weight_grad(const Sums& w, float* dweight) {
-  const int64_t v_size = kWinogradPoints * w.v_point, m_size = kWinogradPoints * w.m_point;
+template <int kTaps, class T>
+void group_weight_grad(const Sums<T>& w, T* dweight) {
+  using E = PairOf<T>;
+  constexpr int64_t kPoints = kWinogradPoints<T>, kDepth = kDepthOf<E>;
+  const int64_t v_size = kPoints * w.v_point, m_size = kPoints * w.m_point;
   const int64_t channels = w.gather.channels, filter = kTaps * kTaps * channels;
-  float* v = workspace<float>(Workspace::kShared, v_size + m_size + w.panels * w.u_panel);
-  float *m = v + v_size, *u = m + m_size;
+  // Both operands and the sums are of 4 bytes.
+  E* v = workspace<E>(Workspace::kShared, v_size + m_size + w.panels * w.u_panel);
+  E* m = v + v_size;
+  float* u = reinterpret_cast<float*>(m + m_size);
   for (int64_t begin = 0; begin < w.tiles; begin += w.block) {
     const int64_t tiles = min64(w.block, w.tiles - begin);
-    parallel_for(tiles, 4, [&](int64_t first, int64_t last) {
-      winograd_inputs(w.gather, begin + first, begin + last, v + first * w.v_tile, w.v_point, w.v_tile);
-      transform_gradients<winograd_out(kTaps)>(w, begin + first, begin + last, m, first);
+    parallel_for(operands<E>(tiles), 4, [&](int64_t first, int64_t last) {
+      const int64_t from = begin + first * kDepth, to = min64(begin + last * kDepth, begin + tiles);
+      winograd_inputs(w.gather, from, to, v + first * w.v_tile, w.v_point, w.v_tile);
+      transform_gradients<winograd_out<T>(kTaps)>(w, from, to, m, first * kDepth);
     });
-    parallel_for(w.panels * kWinogradPoints, 1, [&](int64_t first, int64_t last) {
+    parallel_for(w.panels * kPoints, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        multiply_point(w, i % kWinogradPoints, i / kWinogradPoints, v, m, tiles, u, begin > 0);
+        multiply_point(w, i % kPoints, i / kPoints, v, m, tiles, u, begin > 0);
       }
     });
   }
@@ -115,32 +137,45 @@ void group_weight_grad(const Sums& w, float* dweight) {
   });
 }
 
-}  // namespace
-
-void weight_grad_winograd(const Conv2dParams& p) {
+template <class T>
+void weight_grad_of(const Conv2dParams& p) {
+  constexpr int64_t kPoints = kWinogradPoints<T>, kDepth = kDepthOf<PairOf<T>>;
   const int64_t channels = p.C / p.groups, outputs = p.K / p.groups;
-  Sums w{forward_gather<float>(p),
-         static_cast<const float*>(p.dy),
-         p.y_pixel,
-         outputs,
-         ceil_div(outputs, kColumns),
-         winograd_tiles(forward_gather<float>(p), p.N)};
+  Sums<T> w{forward_gather<T>(p),
+            static_cast<const T*>(p.dy),
+            p.y_pixel,
+            outputs,
+            ceil_div(outputs, kColumns),
+            winograd_tiles(forward_gather<T>(p), p.N)};
   w.v_tile = ceil_div(channels, kLane) * kLane + kPad;
   // V and M of a block stay in two L2 of 1 MiB; but dU passes through memory for each block, so they are not
   // too short.
-  w.block = min64(w.tiles, max64(112, 2097152 / (kWinogradPoints * 4 * (w.v_tile + w.panels * kColumns))));
-  w.v_point = w.block * w.v_tile + kPad;
-  w.m_panel = w.block * kColumns;
+  const int64_t fits = 2097152 / (kPoints * 4 * (w.v_tile + w.panels * kColumns)) * kDepth;
+  w.block = min64(ceil_div(w.tiles, kDepth) * kDepth, max64(112, fits));
+  w.v_point = w.block / kDepth * w.v_tile + kPad;
+  w.m_panel = w.block / kDepth * kColumns;
   w.m_point = w.panels * w.m_panel + kPad;
   w.u_point = channels * kColumns + kPad;
-  w.u_panel = kWinogradPoints * w.u_point;
+  w.u_panel = kPoints * w.u_point;
   for (int64_t group = 0; group < p.groups; ++group) {
-    Sums of_group = w;
+    Sums<T> of_group = w;
     of_group.gather = w.gather.of_group(group);
     of_group.dy += group * outputs;
-    const auto run = p.R == 3 ? group_weight_grad<3> : group_weight_grad<5>;
-    run(of_group, static_cast<float*>(p.dweight) + group * outputs * p.R * p.S * channels);
+    T* dweight = static_cast<T*>(p.dweight) + group * outputs * p.R * p.S * channels;
+    if constexpr (kWinogradIn<T> == 6) {
+      if (p.R == 5) {
+        group_weight_grad<5>(of_group, dweight);
+        continue;
+      }
+    }
+    group_weight_grad<3>(of_group, dweight);
   }
+}
+
+}  // namespace
+
+void weight_grad_winograd(const Conv2dParams& p) {
+  with_winograd_type(p.dtype, [&](auto type) { weight_grad_of<decltype(type)>(p); });
 }
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

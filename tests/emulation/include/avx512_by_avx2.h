@@ -13,6 +13,7 @@ namespace emulated_avx512 {
 typedef float Floats __attribute__((vector_size(64)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef int Ints __attribute__((vector_size(64)));
+typedef unsigned UnsignedInts __attribute__((vector_size(64)));
 typedef long long Longs __attribute__((vector_size(64)));
 
 #define EMULATED inline __attribute__((always_inline))
@@ -103,11 +104,19 @@ EMULATED __m128i narrow(Longs v) {
   return bits<__m128i>(result);
 }
 
+// Two products of bfloat16 for each float, the odd one first.
+EMULATED Floats add_pairs(Floats sum, UnsignedInts a, UnsignedInts b) {
+  const UnsignedInts high = UnsignedInts{} + 0xffff0000u;
+  sum = fmadd(bits<Floats>(a & high), bits<Floats>(b & high), sum);
+  return fmadd(bits<Floats>(a << 16), bits<Floats>(b << 16), sum);
+}
+
 #undef EMULATED
 
 }  // namespace emulated_avx512
 
 #define __m512i emulated_avx512::Longs
+#define _mm512_dpbf16_ps emulated_avx512::add_pairs
 #define _mm512_cvtepi32_epi8 emulated_avx512::narrow<emulated_avx512::Ints>
 #define _mm512_cvtepi64_epi8 emulated_avx512::narrow<emulated_avx512::Longs>
 #define _mm512_cvtepu8_epi32 emulated_avx512::widen<emulated_avx512::Ints>

@@ -1,0 +1,131 @@
+// What a register tile multiplies: floats or doubles, or bfloat16 in pairs. AVX512-BF16 adds two products of
+// neighbours in depth to each float of a register, in the time of one of float32.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace cuda_cnn {
+
+struct Bf16Pair {
+  BFloat16 even, odd;  // neighbours in depth
+};
+template <>
+struct AccumulatorOf<Bf16Pair> {
+  using type = float;
+};
+
+}  // namespace cuda_cnn
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+
+// Operand E in memory: its elements, and how many of a matrix's depth one E holds.
+template <class E>
+struct OperandOf {
+  using Element = E;
+  static constexpr int64_t kDepth = 1;
+};
+template <>
+struct OperandOf<Bf16Pair> {
+  using Element = BFloat16;
+  static constexpr int64_t kDepth = 2;
+};
+// The operand of bfloat16's products, where the processor has pairs; any other's.
+template <class T>
+struct PairOfType {
+  using Type = Accumulator<T>;
+};
+template <>
+struct PairOfType<BFloat16> {
+  using Type = Bf16Pair;
+};
+template <class T>
+using PairOf = typename PairOfType<T>::Type;
+template <class E>
+using Element = typename OperandOf<E>::Element;
+template <class E>
+constexpr int64_t kDepthOf = OperandOf<E>::kDepth;
+// E of a depth, the last one filled up with 0.
+template <class E>
+CUDA_CNN_INLINE int64_t operands(int64_t depth) {
+  return ceil_div(depth, kDepthOf<E>);
+}
+
+template <class E>
+CUDA_CNN_INLINE Vec<E> broadcast_from(const E* p) {
+  return broadcast(*p);
+}
+
+#if defined(CUDA_CNN_ISA_AVX512)
+#define CUDA_CNN_HAS_PAIRS 1
+
+template <>
+struct VecTypes<Bf16Pair> {
+  using Type = Words;
+};
+
+CUDA_CNN_INLINE Words load(const Bf16Pair* p) {
+  return reinterpret_cast<Words>(load(reinterpret_cast<const float*>(p)));
+}
+CUDA_CNN_INLINE void store(Bf16Pair* p, Words v) {
+  store(reinterpret_cast<float*>(p), reinterpret_cast<Vec<float>>(v));
+}
+template <>
+CUDA_CNN_INLINE Words broadcast_from<Bf16Pair>(const Bf16Pair* p) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return bits - Words{};
+}
+
+// sum + a.even * b.even + a.odd * b.odd. By its name, not as an intrinsic: for that the whole file would have
+// to be compiled for processors that have it.
+CUDA_CNN_INLINE Vec<float> fma(Words a, Words b, Vec<float> sum) {
+#if defined(CUDA_CNN_EMULATE_AVX512)
+  return _mm512_dpbf16_ps(sum, a, b);
+#else
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+#endif
+}
+
+// Rounded to nearest even.
+CUDA_CNN_INLINE HalfWords narrow(Vec<float> v) {
+  HalfWords narrowed;
+#if defined(CUDA_CNN_EMULATE_AVX512)
+  store(reinterpret_cast<BFloat16*>(&narrowed), v);
+#else
+  asm("vcvtneps2bf16 %1, %0" : "=v"(narrowed) : "v"(v));
+#endif
+  return narrowed;
+}
+
+// The halves of pairs, widened.
+CUDA_CNN_INLINE Vec<float> even(Words pairs) { return reinterpret_cast<Vec<float>>(pairs << 16); }
+CUDA_CNN_INLINE Vec<float> odd(Words pairs) { return reinterpret_cast<Vec<float>>(pairs & 0xffff0000u); }
+
+// Pairs of two rows' neighbours: a lane of `even` and the same lane of `odd`.
+CUDA_CNN_INLINE Words zip(HalfWords even, HalfWords odd) {
+  return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
+}
+#endif
+
+// body(E{}): the operands that products of T have, pairs if that is possible and `pairs`.
+template <class T, class Body>
+void with_operand([[maybe_unused]] bool pairs, const Body& body) {
+#if defined(CUDA_CNN_HAS_PAIRS)
+  if constexpr (kDepthOf<PairOf<T>> == 2) {
+    if (pairs) return body(PairOf<T>{});
+  }
+#endif
+  body(Accumulator<T>{});
+}
+
+// A vector of a product's results: of pairs by their own instruction, which takes subnormals for 0.
+template <class E, class T>
+CUDA_CNN_INLINE void store_result(T* to, Vec<Accumulator<T>> v) {
+#if defined(CUDA_CNN_HAS_PAIRS)
+  if constexpr (kDepthOf<E> == 2) return store_half_words(to, narrow(v));
+#endif
+  store(to, v);
+}
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA
