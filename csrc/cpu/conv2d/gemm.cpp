@@ -148,8 +148,9 @@ void run_task(Task<T, E> t) {
   int64_t* pixels = t.linear ? nullptr : workspace<int64_t>(Workspace::kD, t.count);
   if (!t.linear) list_pixels(t, pixels);
   t.pixels = pixels;
-  // A whole panel of float goes straight to its place, and sums there.
+  // A whole panel of float goes straight to its place, and sums there; one of pairs is narrowed to it.
   const bool in_place = sizeof(T) == sizeof(Acc) && t.linear;
+  const bool narrows = kDepth == 2 && t.linear && !t.scatter.bias && !t.scatter.residual && !t.scatter.relu;
 
   for (int64_t begin = 0; begin < cut.depth;) {
     const int64_t end = block_end(cut, begin);
@@ -198,10 +199,16 @@ void run_task(Task<T, E> t) {
                                (t.position + i) * to.residual_pixel + channel;
               }
             }
+            if constexpr (kDepth == 2) {
+              if (narrows && columns >= kColumns && last && d + kChain >= depth) {
+                out.narrowed = t.scatter.out + (t.position + i) * t.scatter.pixel + channel;
+                out.narrowed_step = t.scatter.pixel;
+              }
+            }
             next.lines(lines);
             tile(a + i * step / kDepth + d, step / kDepth, b + d * kColumns, min64(kChain, depth - d), out);
           }
-          if (last && !direct) finish(t, t.position + i, rows, channel, columns, out.c);
+          if (last && !direct && !out.narrowed) finish(t, t.position + i, rows, channel, columns, out.c);
         }
       }
     }

@@ -186,10 +186,15 @@ void pack_panel_transposed(const BFloat16* rows, int64_t pitch, int64_t columns,
       Vec<float> square[kWidth];
       const BFloat16* from = rows + j * kWidth * pitch + d;
       for (int i = 0; i < kWidth; ++i, from += pitch) {
-        BFloat16 first[kDepth] = {};
-        const bool inside = j * kWidth + i < columns;
-        for (int64_t k = 0; inside && left < kDepth && k < left; ++k) first[k] = from[k];
-        square[i] = load(reinterpret_cast<const float*>(inside && left == kDepth ? from : first));
+        if (j * kWidth + i >= columns) {
+          square[i] = Vec<float>{};
+        } else if (left == kDepth) {
+          square[i] = load(reinterpret_cast<const float*>(from));
+        } else {
+          BFloat16 first[kDepth] = {};
+          for (int64_t k = 0; k < left; ++k) first[k] = from[k];
+          square[i] = load(reinterpret_cast<const float*>(first));
+        }
       }
       transpose<float>(square);
       for (int64_t i = 0; i < operands<Bf16Pair>(left); ++i) {
@@ -201,16 +206,17 @@ void pack_panel_transposed(const BFloat16* rows, int64_t pitch, int64_t columns,
 
 void pack_pairs(const BFloat16* even, const BFloat16* odd, int64_t count, Bf16Pair* out) {
   constexpr int kWidth = kLanes<Bf16Pair>;
-  for (int64_t c = 0; c < count; c += kWidth) {
-    BFloat16 first[2][kWidth] = {};
-    const bool whole = c + kWidth <= count;
-    for (int64_t k = 0; !whole && k < count - c; ++k) {
-      first[0][k] = even[c + k];
-      if (odd) first[1][k] = odd[c + k];
-    }
-    store(out + c, zip(load_half_words(whole ? even + c : first[0]),
-                       load_half_words(whole && odd ? odd + c : first[1])));
+  int64_t c = 0;
+  for (; c + kWidth <= count; c += kWidth) {
+    store(out + c, zip(load_half_words(even + c), odd ? load_half_words(odd + c) : HalfWords{}));
   }
+  if (c == count) return;
+  BFloat16 rest[2][kWidth] = {};
+  for (int64_t k = 0; c + k < count; ++k) {
+    rest[0][k] = even[c + k];
+    if (odd) rest[1][k] = odd[c + k];
+  }
+  store(out + c, zip(load_half_words(rest[0]), load_half_words(rest[1])));
 }
 
 template <>

@@ -6,8 +6,24 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-template <class Acc, int kRows, int kVectors>
-CUDA_CNN_INLINE void store_tile(const Vec<Acc> (&sums)[kRows][kVectors], const TileOutput<Acc>& out) {
+template <class E, int kRows, int kVectors>
+CUDA_CNN_INLINE void store_tile(const Vec<Accumulator<E>> (&sums)[kRows][kVectors],
+                                const TileOutput<Accumulator<E>>& out) {
+  using Acc = Accumulator<E>;
+  if constexpr (kDepthOf<E> == 2) {
+    if (out.narrowed) {
+#pragma GCC unroll 14
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) {
+          const Acc* c = out.c + i * out.step + j * kLanes<E>;
+          store_result<E>(out.narrowed + i * out.narrowed_step + j * kLanes<E>,
+                          out.accumulate ? sums[i][j] + load(c) : sums[i][j]);
+        }
+      }
+      return;
+    }
+  }
   if (!out.bias && !out.row_bias && !out.residual && !out.relu) {  // most tiles: without a branch a vector
     const auto each = [&](const auto& value) __attribute__((always_inline)) {
       Acc* c = out.c;
@@ -108,7 +124,7 @@ void depth_contiguous(const E* a, int64_t a_step, const E* b, int64_t depth,
   Vec<Accumulator<E>> sums[kSets<kVectors>][kRows][kVectors] = {};
   add_depth<E, kRows, kVectors>(sums, a, a_step, b, depth);
   join_sets<E, kRows, kVectors>(sums);
-  store_tile<Accumulator<E>, kRows, kVectors>(sums[0], out);
+  store_tile<E, kRows, kVectors>(sums[0], out);
 }
 
 template <class E, int kRows, int kVectors>
@@ -117,7 +133,7 @@ void runs_contiguous(const E* a, int64_t a_step, int64_t runs, int64_t run, int6
   Vec<Accumulator<E>> sums[kSets<kVectors>][kRows][kVectors] = {};
   for (; runs > 0; --runs, a += run_step) add_depth<E, kRows, kVectors>(sums, a, a_step, b, run);
   join_sets<E, kRows, kVectors>(sums);
-  store_tile<Accumulator<E>, kRows, kVectors>(sums[0], out);
+  store_tile<E, kRows, kVectors>(sums[0], out);
 }
 
 template <class E, int kRows, int kVectors>
@@ -138,7 +154,7 @@ void row_contiguous(const E* a, int64_t a_step, const E* b, int64_t depth,
   }
   if (depth > 0) step(0);
   join_sets<E, kRows, kVectors>(sums);
-  store_tile<Accumulator<E>, kRows, kVectors>(sums[0], out);
+  store_tile<E, kRows, kVectors>(sums[0], out);
 }
 
 template <class E>
