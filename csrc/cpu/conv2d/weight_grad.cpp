@@ -21,7 +21,7 @@ struct WeightGradCut {
 namespace {
 
 // A panel of dy: 8 KiB, a quarter of L1. A chain of sums, too: its error grows with the root of this.
-// (Pixels of operands: twice as many in pairs.)
+// (Four times as many in pairs, whose instruction set comes with a larger L2.)
 constexpr int64_t kBlockPixels = 64;
 constexpr int64_t kBlockPixelsNchw =
     192;                              // both operands are packed: longer chains write sums back less often
@@ -185,7 +185,7 @@ void weight_grad_of(const Conv2dParams& p) {
   const int64_t depth = gather.depth(), panels = ceil_div(outputs, kColumns);
   const int64_t panel_size = depth * kColumns, group_size = panels * panel_size,
                 chunk_size = p.groups * group_size;
-  const int64_t block_pixels = p.nchw ? kBlockPixelsNchw : kBlockPixels * kDepthOf<E>;
+  const int64_t block_pixels = p.nchw ? kBlockPixelsNchw : kBlockPixels * kDepthOf<E> * kDepthOf<E>;
   const WeightGradCut cut = cut_weight_grad(pixels, depth, panels, p.groups, block_pixels);
   Acc* sums = workspace<Acc>(Workspace::kShared, pixels <= block_pixels ? 0 : cut.chunks * chunk_size);
 
