@@ -150,7 +150,9 @@ void run_task(Task<T, E> t) {
   t.pixels = pixels;
   // A whole panel of float goes straight to its place, and sums there; one of pairs is narrowed to it.
   const bool in_place = sizeof(T) == sizeof(Acc) && t.linear;
-  const bool narrows = kDepth == 2 && t.linear && !t.scatter.bias && !t.scatter.residual && !t.scatter.relu;
+  const bool narrows = kDepth == 2 && t.linear && !t.scatter.residual;
+  Acc* wide_bias = narrows && t.scatter.bias ? workspace<Acc>(Workspace::kC, t.columns) : nullptr;
+  for (int64_t k = 0; wide_bias && k < t.columns; ++k) wide_bias[k] = widen(t.scatter.bias[t.channel + k]);
 
   for (int64_t begin = 0; begin < cut.depth;) {
     const int64_t end = block_end(cut, begin);
@@ -203,6 +205,8 @@ void run_task(Task<T, E> t) {
               if (narrows && columns >= kColumns && last && d + kChain >= depth) {
                 out.narrowed = t.scatter.out + (t.position + i) * t.scatter.pixel + channel;
                 out.narrowed_step = t.scatter.pixel;
+                out.relu = t.scatter.relu;
+                if (wide_bias) out.bias = wide_bias + panel * kColumns;
               }
             }
             next.lines(lines);

@@ -12,13 +12,15 @@ CUDA_CNN_INLINE void store_tile(const Vec<Accumulator<E>> (&sums)[kRows][kVector
   using Acc = Accumulator<E>;
   if constexpr (kDepthOf<E> == 2) {
     if (out.narrowed) {
-#pragma GCC unroll 14
-      for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) {
-          const Acc* c = out.c + i * out.step + j * kLanes<E>;
+      for (int j = 0; j < kVectors; ++j) {
+        const Vec<Acc> bias = out.bias ? load(out.bias + j * kLanes<E>) : Vec<Acc>{};
+#pragma GCC unroll 14
+        for (int i = 0; i < kRows; ++i) {
+          Vec<Acc> value = sums[i][j] + bias;
+          if (out.accumulate) value += load(out.c + i * out.step + j * kLanes<E>);
           store_result<E>(out.narrowed + i * out.narrowed_step + j * kLanes<E>,
-                          out.accumulate ? sums[i][j] + load(c) : sums[i][j]);
+                          out.relu ? relu(value) : value);
         }
       }
       return;

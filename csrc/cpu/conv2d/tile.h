@@ -32,7 +32,7 @@ struct TileOutput {
   const Acc* residual = nullptr;  // as C, rows residual_step apart, or null
   int64_t residual_step = 0;
   const Acc* row_bias = nullptr;  // a value a row, or null
-  // Of pairs, without any of these: where the sums go, rounded, in the place of c; or null.
+  // Of pairs, without residual and row_bias: where the result goes, rounded, in the place of c; or null.
   BFloat16* narrowed = nullptr;
   int64_t narrowed_step = 0;
 };
