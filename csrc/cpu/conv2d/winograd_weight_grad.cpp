@@ -1,7 +1,9 @@
 // Weight gradient by Winograd's F(4,3), F(2,5) or F(2,3), transposed: at each of the points, dU = sum over
 // tiles of V^T * M, with V the transformed inputs as in winograd.cpp and M the transformed output gradients
-// of a tile; then the points of dU give the taps. Blocks of tiles follow one another, and points and panels
-// go over the threads: every sum has one order.
+// of a tile; then the points of dU give the taps. The tiles are cut into chunks that have sums of their own,
+// and those into blocks that follow one another: every sum has one order. A thread takes whole chunks, whose
+// V and M are then in no other core's caches; with more threads than chunks all share one chunk after
+// another, by tiles, points and panels.
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/winograd.h"
 
@@ -12,16 +14,17 @@ using winograd::V;
 constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kPad = 16;
+constexpr int64_t kAllSums = 2097152;  // of all chunks: 8 MiB
 
 // One group. Of bfloat16 the tiles of V and M are pairs.
 template <class T>
 struct Sums {
   Gather<T> gather;
   const T* dy;
-  int64_t dy_pixel, outputs, panels, tiles, block;
-  int64_t v_tile, v_point;   // steps of V [point][tile][channel]
-  int64_t m_panel, m_point;  // steps of M [point][panel][tile][kTileColumns]
-  int64_t u_point, u_panel;  // steps of dU [panel][point][channel][kTileColumns]
+  int64_t dy_pixel, outputs, panels, tiles, chunks, block;
+  int64_t v_tile, v_point;            // steps of V [point][tile][channel]
+  int64_t m_panel, m_point;           // steps of M [point][panel][tile][kTileColumns]
+  int64_t u_point, u_panel, u_chunk;  // steps of dU [chunk][panel][point][channel][kTileColumns]
 };
 
 // The output gradients of a tile, the vector of channels from k on, at the points.
@@ -81,6 +84,14 @@ void transform_sums(const Sums<T>& w, const float* u, float* taps) {
 #pragma GCC unroll 6
         for (int s = 0; s < kIn; ++s) points[r][s] = load(from + (r * kIn + s) * w.u_point);
       }
+      for (int64_t chunk = 1; chunk < w.chunks; ++chunk) {
+        from += w.u_chunk;
+#pragma GCC unroll 6
+        for (int r = 0; r < kIn; ++r) {
+#pragma GCC unroll 6
+          for (int s = 0; s < kIn; ++s) points[r][s] += load(from + (r * kIn + s) * w.u_point);
+        }
+      }
       winograd::both_sides(winograd::filter_transposed<kTaps>, result, points);
       for (int r = 0; r < kTaps; ++r) {
         for (int s = 0; s < kTaps; ++s)
@@ -104,29 +115,40 @@ void multiply_point(const Sums<T>& w, int64_t point, int64_t panel, const PairOf
   }
 }
 
+// The sums of tiles [begin, end).
 template <int kTaps, class T>
-void group_weight_grad(const Sums<T>& w, T* dweight) {
+void chunk_sums(const Sums<T>& w, int64_t begin, int64_t end, float* u) {
   using E = PairOf<T>;
   constexpr int64_t kPoints = kWinogradPoints<T>, kDepth = kDepthOf<E>;
   const int64_t v_size = kPoints * w.v_point, m_size = kPoints * w.m_point;
-  const int64_t channels = w.gather.channels, filter = kTaps * kTaps * channels;
-  // Both operands and the sums are of 4 bytes.
-  E* v = workspace<E>(Workspace::kShared, v_size + m_size + w.panels * w.u_panel);
-  E* m = v + v_size;
-  float* u = reinterpret_cast<float*>(m + m_size);
-  for (int64_t begin = 0; begin < w.tiles; begin += w.block) {
-    const int64_t tiles = min64(w.block, w.tiles - begin);
+  E *v = workspace<E>(Workspace::kShared, v_size + m_size), *m = v + v_size;
+  for (int64_t at = begin; at < end; at += w.block) {
+    const int64_t tiles = min64(w.block, end - at);
     parallel_for(operands<E>(tiles), 4, [&](int64_t first, int64_t last) {
-      const int64_t from = begin + first * kDepth, to = min64(begin + last * kDepth, begin + tiles);
+      const int64_t from = at + first * kDepth, to = min64(at + last * kDepth, at + tiles);
       winograd_inputs(w.gather, from, to, v + first * w.v_tile, w.v_point, w.v_tile);
       transform_gradients<winograd_out<T>(kTaps)>(w, from, to, m, first * kDepth);
     });
     parallel_for(w.panels * kPoints, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        multiply_point(w, i % kPoints, i / kPoints, v, m, tiles, u, begin > 0);
+        multiply_point(w, i % kPoints, i / kPoints, v, m, tiles, u, at > begin);
       }
     });
   }
+}
+
+template <int kTaps, class T>
+void group_weight_grad(const Sums<T>& w, T* dweight) {
+  constexpr int64_t kDepth = kDepthOf<PairOf<T>>;
+  const int64_t channels = w.gather.channels, filter = kTaps * kTaps * channels;
+  const int64_t rows = operands<PairOf<T>>(w.tiles);
+  float* u = workspace<float>(Workspace::kD, w.chunks * w.u_chunk);
+  parallel_for(w.chunks, w.chunks < num_threads() ? w.chunks : 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      chunk_sums<kTaps>(w, rows * i / w.chunks * kDepth, min64(w.tiles, rows * (i + 1) / w.chunks * kDepth),
+                        u + i * w.u_chunk);
+    }
+  });
   parallel_for(w.panels, 1, [&](int64_t first, int64_t last) {
     float* taps = workspace<float>(Workspace::kC, filter * kColumns);
     for (int64_t panel = first; panel < last; ++panel) {
@@ -148,15 +170,24 @@ void weight_grad_of(const Conv2dParams& p) {
             ceil_div(outputs, kColumns),
             winograd_tiles(forward_gather<T>(p), p.N)};
   w.v_tile = ceil_div(channels, kLane) * kLane + kPad;
-  // V and M of a block stay in two L2 of 1 MiB; but dU passes through memory for each block, so they are not
-  // too short.
-  const int64_t fits = 2097152 / (kPoints * 4 * (w.v_tile + w.panels * kColumns)) * kDepth;
-  w.block = min64(ceil_div(w.tiles, kDepth) * kDepth, max64(112, fits));
+  w.u_point = channels * kColumns + kPad;
+  w.u_panel = kPoints * w.u_point;
+  w.u_chunk = w.panels * w.u_panel;
+  // A chunk's sums, points * channels * columns, are not to outweigh its V and M, points * tiles * (channels
+  // + columns), and those of all stay in a cache.
+  const int64_t columns = w.panels * kColumns;
+  const int64_t least = max64(kTileRows, channels * columns / (channels + columns)) * kDepth;
+  const int64_t most = min64(w.tiles / least, kAllSums / w.u_chunk);
+  for (w.chunks = 1; w.chunks < 8 && 2 * w.chunks <= most;) w.chunks *= 2;
+  // V and M of a block stay in L2, of 1 MiB, or without chunks in two; but dU passes through memory for each
+  // block, so they are not too short.
+  const int64_t row_bytes = kPoints * 4 * (w.v_tile + columns), rows = ceil_div(w.tiles, kDepth * w.chunks);
+  const int64_t fits =
+      w.chunks > 1 ? max64(28, 1048576 / row_bytes) : max64(112 / kDepth, 2097152 / row_bytes);
+  w.block = ceil_div(rows, ceil_div(rows, fits)) * kDepth;
   w.v_point = w.block / kDepth * w.v_tile + kPad;
   w.m_panel = w.block / kDepth * kColumns;
   w.m_point = w.panels * w.m_panel + kPad;
-  w.u_point = channels * kColumns + kPad;
-  w.u_panel = kPoints * w.u_point;
   for (int64_t group = 0; group < p.groups; ++group) {
     Sums<T> of_group = w;
     of_group.gather = w.gather.of_group(group);
