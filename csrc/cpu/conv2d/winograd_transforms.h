@@ -17,9 +17,9 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
 // Inputs of a tile along one axis, which are as many as the points; of both axes; and outputs.
 template <class T>
-constexpr int kWinogradIn = 6;
+inline constexpr int kWinogradIn = 6;
 template <>
-constexpr int kWinogradIn<BFloat16> = 4;
+inline constexpr int kWinogradIn<BFloat16> = 4;
 template <class T>
 constexpr int kWinogradPoints = kWinogradIn<T> * kWinogradIn<T>;
 template <class T>
