@@ -19,6 +19,7 @@ namespace {
 using winograd::V;
 constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
+constexpr int64_t kTilesAlone = 32;
 constexpr int64_t kPad = 16;  // keeps the streams of a transform off one another's cache sets
 
 // U of one panel: [point][channel][kTileColumns] of operands, points u_step apart.
@@ -150,6 +151,8 @@ struct Problem {
 
   int64_t columns() const { return filters.columns(); }
   int64_t panels() const { return ceil_div(columns(), kColumns); }
+  // Few filters' U is made by one thread; few tiles are not worth its way to another.
+  bool alone() const { return panels() < num_threads() && tiles < kTilesAlone; }
   int64_t u_size() const { return kWinogradPoints<T> * u_step<E>(gather.channels); }
   void multiply(int64_t panel, const E* u, const T* v, int64_t v_step, int64_t begin, int64_t end) const {
     multiply_panel(gather, scatter, columns() - panel * kColumns, group * columns() + panel * kColumns, u, v,
@@ -167,7 +170,8 @@ void tiles_over_threads(const Problem<T>& p, int64_t block) {
       transform_filters(p.filters, p.group, panel * kColumns, channels, u + panel * p.u_size());
     }
   });
-  parallel_for(ceil_div(p.tiles, block), 1, [&](int64_t first, int64_t last) {
+  const int64_t blocks = ceil_div(p.tiles, block);
+  parallel_for(blocks, p.alone() ? blocks : 1, [&](int64_t first, int64_t last) {
     T* v = workspace<T>(Workspace::kA, kWinogradPoints<T> * v_step);
     for (int64_t begin = first * block; begin < min64(last * block, p.tiles); begin += block) {
       const int64_t end = min64(begin + block, p.tiles);
@@ -330,7 +334,8 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
     const bool few_tiles = p.tiles < 2 * kTileRows * num_threads();
     if ((gather.channels <= 128 && !few_tiles) || p.panels() < num_threads()) {
       // As many blocks for each thread.
-      const int64_t blocks = ceil_div(ceil_div(p.tiles, most), num_threads()) * num_threads();
+      const int64_t threads = p.alone() ? 1 : num_threads();
+      const int64_t blocks = ceil_div(ceil_div(p.tiles, most), threads) * threads;
       tiles_over_threads(p, ceil_div(p.tiles, blocks));
     } else {
       filters_over_threads(p, min64(p.tiles, 196));
