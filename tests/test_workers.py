@@ -128,7 +128,7 @@ def test_a_killed_worker_ends_the_run_which_resumes(options, tmp_path, capsys):
         for worker in workers:
             worker.kill()
             worker.wait()
-    assert workers[0].returncode == 1
+    assert workers[0].returncode == 1, said
     assert "worker 0 of 2: another worker has gone, so the run ends" in said
     assert f"Continue with: torchrun --nproc-per-node=2 -m cuda_cnn train --resume {out}" in said
     epoch = load_checkpoint(out)["epoch"]

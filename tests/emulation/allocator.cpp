@@ -1,5 +1,6 @@
 // Memory of CPU tensors while the emulated operators are loaded: starts as NaN, so that what a kernel leaves
-// unwritten shows, and is known to the emulator, so that an access outside of every tensor is caught.
+// unwritten shows, and is known to the emulator, so that an access outside of every tensor is caught. It
+// stays for the rest of the process, so it tells the profiler what it gives and takes, as torch's own does.
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 
@@ -17,6 +18,7 @@ class PoisoningAllocator final : public c10::Allocator {
     if (memory != nullptr) {
       std::memset(memory, 0xff, bytes);
       emulation_register(memory, bytes);
+      c10::profiledCPUMemoryReporter().New(memory, bytes);
     }
     return {memory, memory, &release, c10::Device(c10::DeviceType::CPU)};
   }
@@ -28,6 +30,7 @@ class PoisoningAllocator final : public c10::Allocator {
  private:
   static void release(void* memory) {
     emulation_unregister(memory);
+    c10::profiledCPUMemoryReporter().Delete(memory);
     c10::free_cpu(memory);
   }
 };
