@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t kBlockDepth = 1024;  // operands, as kChain
 constexpr int64_t kBlockRows = 168;
 constexpr int64_t kBlockBytes = 344064;
-constexpr int64_t kGroupBytes = 262144;
+constexpr int64_t kGroupBytes = 262144;  // of panels that stay there beside A
 // Rows so far apart, or a multiple of it, share a set of L1: 8 lines.
 constexpr int64_t kSetsBytes = 4096;
 // Products summed in registers before they join the rest: the error grows with the root of this.
