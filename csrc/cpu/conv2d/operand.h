@@ -63,12 +63,12 @@ struct VecTypes<Bf16Pair> {
   using Type = Words;
 };
 
-CUDA_CNN_INLINE Words load(const Bf16Pair* p) {
-  return reinterpret_cast<Words>(load(reinterpret_cast<const float*>(p)));
-}
-CUDA_CNN_INLINE void store(Bf16Pair* p, Words v) {
-  store(reinterpret_cast<float*>(p), reinterpret_cast<Vec<float>>(v));
-}
+// At any address at which a BFloat16 may lie.
+typedef uint32_t WordsUnaligned
+    __attribute__((vector_size(kVectorBytes), aligned(alignof(Bf16Pair)), may_alias));
+
+CUDA_CNN_INLINE Words load(const Bf16Pair* p) { return *reinterpret_cast<const WordsUnaligned*>(p); }
+CUDA_CNN_INLINE void store(Bf16Pair* p, Words v) { *reinterpret_cast<WordsUnaligned*>(p) = v; }
 template <>
 CUDA_CNN_INLINE Words broadcast_from<Bf16Pair>(const Bf16Pair* p) {
   uint32_t bits;

@@ -189,16 +189,16 @@ void pack_panel_transposed(const BFloat16* rows, int64_t pitch, int64_t columns,
         if (j * kWidth + i >= columns) {
           square[i] = Vec<float>{};
         } else if (left == kDepth) {
-          square[i] = load(reinterpret_cast<const float*>(from));
+          square[i] = reinterpret_cast<Vec<float>>(load(reinterpret_cast<const Bf16Pair*>(from)));
         } else {
           BFloat16 first[kDepth] = {};
           for (int64_t k = 0; k < left; ++k) first[k] = from[k];
-          square[i] = load(reinterpret_cast<const float*>(first));
+          square[i] = reinterpret_cast<Vec<float>>(load(reinterpret_cast<const Bf16Pair*>(first)));
         }
       }
       transpose<float>(square);
       for (int64_t i = 0; i < operands<Bf16Pair>(left); ++i) {
-        store(reinterpret_cast<float*>(panel + (d / 2 + i) * kTileColumns<Bf16Pair> + j * kWidth), square[i]);
+        store(panel + (d / 2 + i) * kTileColumns<Bf16Pair> + j * kWidth, reinterpret_cast<Words>(square[i]));
       }
     }
   }
