@@ -61,7 +61,8 @@ struct FewChannels {
       rows = packed;
     }
     const Gather<Acc> gather{rows, 1, pixels, pixel, 1, pixels, 1, 1, 0, 0, 1, 1, 1, 1, p.K};
-    correlate(gather, Scatter<Acc>{y + first % ring * row_size(), 1, pixels, width}, panels, 1, 1, width);
+    const Filters<Acc> filters{nullptr, 1, 1, p.K, width, false, {}, {}, panels};
+    correlate(gather, Scatter<Acc>{y + first % ring * row_size(), 1, pixels, width}, filters, 1, 1);
   }
 
   void sum_row(int64_t n, int64_t row, const Acc* y) const {

@@ -75,10 +75,10 @@ struct Band {
 }  // namespace
 
 template <class T>
-void correlate_few_channels(const Gather<T>& g, const Scatter<T>& to, const Accumulator<T>* panels, int64_t N,
-                            int64_t columns) {
+void correlate_few_channels(const Gather<T>& g, const Scatter<T>& to, const Filters<T>& filters, int64_t N) {
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
+  const int64_t columns = filters.columns(), panels = ceil_div(columns, kColumns);
   // The image with its padding: a position a row, which has a tap a pixel.
   Gather<T> image = g;
   image.P = (g.P - 1) * g.stride_h + (g.R - 1) * g.tap_h + 1, image.Q = 1, image.stride_h = 1, image.R = 1;
@@ -87,15 +87,19 @@ void correlate_few_channels(const Gather<T>& g, const Scatter<T>& to, const Accu
   const int64_t rows_bytes = row_step * g.stride_h * static_cast<int64_t>(sizeof(Acc));
   const int64_t band = max64(1, min64(g.P, kBandBytes / rows_bytes)), bands = ceil_div(g.P, band);
 
-  Acc* bias = to.bias ? workspace<Acc>(Workspace::kC, ceil_div(columns, kColumns) * kColumns) : nullptr;
-  for (int64_t k = 0; to.bias && k < ceil_div(columns, kColumns) * kColumns; ++k) {
+  Acc* bias = to.bias ? workspace<Acc>(Workspace::kC, panels * kColumns) : nullptr;
+  for (int64_t k = 0; to.bias && k < panels * kColumns; ++k) {
     bias[k] = k < columns ? widen(to.bias[k]) : 0;
   }
-  const Band<T> work{g, to, panels, bias, columns, row_step};
   const int64_t products = band * g.Q * g.depth() * columns;
   parallel_for(N * bands, ceil_div(kMultiplyAddsATask, products), [&](int64_t begin, int64_t end) {
     const int64_t most_rows = (band - 1) * g.stride_h + (g.R - 1) * g.tap_h + 1;
     Acc* rows = workspace<Acc>(Workspace::kA, most_rows * row_step);
+    Acc* own = filters.packed ? nullptr : workspace<Acc>(Workspace::kB, panels * g.depth() * kColumns);
+    for (int64_t i = 0; own && i < panels; ++i) {  // each thread's: another's would come from its cache
+      pack_filters(filters, 0, i * kColumns, 0, g.depth(), own + i * g.depth() * kColumns);
+    }
+    const Band<T> work{g, to, own ? own : filters.packed, bias, columns, row_step};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / bands, p = task % bands * band, p_end = min64(g.P, p + band);
       const int64_t count = (p_end - p - 1) * g.stride_h + (g.R - 1) * g.tap_h + 1;
@@ -105,13 +109,11 @@ void correlate_few_channels(const Gather<T>& g, const Scatter<T>& to, const Accu
   });
 }
 
-template void correlate_few_channels(const Gather<float>&, const Scatter<float>&, const float*, int64_t,
-                                     int64_t);
-template void correlate_few_channels(const Gather<double>&, const Scatter<double>&, const double*, int64_t,
-                                     int64_t);
-template void correlate_few_channels(const Gather<BFloat16>&, const Scatter<BFloat16>&, const float*, int64_t,
-                                     int64_t);
-template void correlate_few_channels(const Gather<Half>&, const Scatter<Half>&, const float*, int64_t,
-                                     int64_t);
+#define INSTANTIATE(T) \
+  template void correlate_few_channels(const Gather<T>&, const Scatter<T>&, const Filters<T>&, int64_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(BFloat16)
+INSTANTIATE(Half)
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

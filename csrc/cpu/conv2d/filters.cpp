@@ -8,18 +8,21 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 constexpr int64_t kPackGrain = 65536;
 
 template <class T, class E>
-void pack_filters(const Filters<T, E>& f, int64_t group, int64_t column, E* panel) {
+void pack_filters(const Filters<T, E>& f, int64_t group, int64_t column, int64_t begin, int64_t end,
+                  E* panel) {
   const int64_t filter = f.R * f.S * f.channels;
   const T* weight = f.weight + group * f.outputs * filter;
   if (!f.transposed) {
-    pack_panel_transposed(weight + column * filter, filter, f.outputs - column, filter, panel);
+    pack_panel_transposed(weight + column * filter + begin, filter, f.outputs - column, end - begin, panel);
     return;
   }
-  for (int64_t i = f.h.taps - 1; i >= 0; --i) {
-    for (int64_t j = f.w.taps - 1; j >= 0; --j, panel += operands<E>(f.outputs) * kTileColumns<E>) {
-      const int64_t tap = (f.h.tap + i * f.h.tap_step) * f.S + f.w.tap + j * f.w.tap_step;
-      pack_panel(weight + tap * f.channels + column, filter, f.channels - column, f.outputs, panel);
-    }
+  for (int64_t count; begin < end; begin += count, panel += operands<E>(count) * kTileColumns<E>) {
+    const int64_t backwards = f.h.taps * f.w.taps - 1 - begin / f.outputs, output = begin % f.outputs;
+    const int64_t r = f.h.tap + backwards / f.w.taps * f.h.tap_step;
+    const int64_t s = f.w.tap + backwards % f.w.taps * f.w.tap_step;
+    count = min64(f.outputs - output, end - begin);
+    pack_panel(weight + output * filter + (r * f.S + s) * f.channels + column, filter, f.channels - column,
+               count, panel);
   }
 }
 
@@ -30,13 +33,13 @@ void pack_all_filters(const Filters<T, E>& filters, int64_t groups, E* packed) {
                 panels = ceil_div(filters.columns(), kColumns);
   parallel_for(groups * panels, ceil_div(kPackGrain, panel_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      pack_filters(filters, i / panels, i % panels * kColumns, packed + i * panel_size);
+      pack_filters(filters, i / panels, i % panels * kColumns, 0, filters.depth(), packed + i * panel_size);
     }
   });
 }
 
-#define INSTANTIATE(T, E)                                                 \
-  template void pack_filters(const Filters<T, E>&, int64_t, int64_t, E*); \
+#define INSTANTIATE(T, E)                                                                   \
+  template void pack_filters(const Filters<T, E>&, int64_t, int64_t, int64_t, int64_t, E*); \
   template void pack_all_filters(const Filters<T, E>&, int64_t, E*);
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)

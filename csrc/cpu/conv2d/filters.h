@@ -22,11 +22,13 @@ struct Filters {
   int64_t depth() const { return transposed ? h.taps * w.taps * outputs : R * S * channels; }
 };
 
-// The panel [depth][kTileColumns] of the columns from `column` on.
+// The panel [end - begin][kTileColumns] of the columns from `column` on, depth [begin, end): of the input
+// gradient whole taps, or outputs of one.
 template <class T, class E>
-void pack_filters(const Filters<T, E>& filters, int64_t group, int64_t column, E* panel);
+void pack_filters(const Filters<T, E>& filters, int64_t group, int64_t column, int64_t begin, int64_t end,
+                  E* panel);
 
-// All of them, group by group.
+// All of them in whole, group by group.
 template <class T, class E>
 void pack_all_filters(const Filters<T, E>& filters, int64_t groups, E* panels);
 

@@ -2,6 +2,7 @@
 //   for a block of positions and a range of channel panels (a task)
 //     for a block of depth
 //       pack the positions' rows                      A: kBlockRows * kBlockDepth, stays in L2
+//       pack the panels that are not yet              in the thread's own caches
 //       for a panel, for a tile of rows               B: kBlockDepth * 32 columns, from L2
 //         out += rows * panel                         in registers
 // Every element's sum has one order, whatever the tasks: blocks of depth from 0 upwards, each in chains of
@@ -26,6 +27,7 @@ constexpr int64_t kBlockDepth = 1024;  // operands, as kChain
 constexpr int64_t kBlockRows = 168;
 constexpr int64_t kBlockBytes = 344064;
 constexpr int64_t kGroupBytes = 262144;  // of panels that stay there beside A
+constexpr int64_t kKeptBytes = 2097152;  // of a thread's own panels
 // Rows so far apart, or a multiple of it, share a set of L1: 8 lines.
 constexpr int64_t kSetsBytes = 4096;
 // Products summed in registers before they join the rest: the error grows with the root of this.
@@ -66,15 +68,32 @@ CUDA_CNN_INLINE int64_t block_end(const DepthBlocks& cut, int64_t begin) {
   return min64(begin + cut.size, limit);
 }
 
+// What a thread packs for itself, just before its first use: a line that another core has written takes
+// longer to come than to pack.
+template <class E>
+struct OwnPanels {
+  E* panels;   // null where the filters are packed already
+  bool kept;   // whole panels, from panel_begin on, for the tasks that follow; or only those in work
+  bool there;  // kept by a task before this one
+};
+
+template <class E>
+struct Panels {
+  const E* first;
+  int64_t step;
+};
+
 template <class T, class E>
 struct Task {
   const Gather<T>& gather;
   const Scatter<T>& scatter;
-  const E* panels;  // of the group
+  const Filters<T, E>& filters;
+  int64_t group;
   int64_t channel;  // the group's first
   int64_t columns;
   int64_t position, count;
   int64_t panel_begin, panel_end;
+  OwnPanels<E> own;
   bool linear;            // rows of the output are scatter.pixel apart
   const int64_t* pixels;  // of the output, a position's, where they are not
 };
@@ -131,6 +150,22 @@ void finish(const Task<T, E>& t, int64_t position, int64_t rows, int64_t channel
   }
 }
 
+// Panels [first, last) of depth [begin, end).
+template <class T, class E>
+Panels<E> panels_of(const Task<T, E>& t, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  constexpr int64_t kColumns = kTileColumns<E>;
+  const int64_t whole = operands<E>(t.gather.depth()) * kColumns, offset = begin / kDepthOf<E> * kColumns;
+  if (!t.own.panels) {
+    return {t.filters.packed + (t.group * ceil_div(t.columns, kColumns) + first) * whole + offset, whole};
+  }
+  const int64_t step = t.own.kept ? whole : operands<E>(end - begin) * kColumns;
+  E* own = t.own.panels + (t.own.kept ? (first - t.panel_begin) * whole + offset : 0);
+  for (int64_t panel = first; !t.own.there && panel < last; ++panel) {
+    pack_filters(t.filters, t.group, panel * kColumns, begin, end, own + (panel - first) * step);
+  }
+  return {own, step};
+}
+
 template <class T, class E>
 void run_task(Task<T, E> t) {
   using Acc = Accumulator<T>;
@@ -170,6 +205,7 @@ void run_task(Task<T, E> t) {
     const int64_t group = max64(1, kGroupBytes / panel_bytes);
     for (int64_t first = t.panel_begin; first < t.panel_end; first += group) {
       const int64_t group_end = min64(first + group, t.panel_end);
+      const Panels<E> panels = panels_of(t, first, group_end, begin, end);
       for (int64_t i = 0; i < t.count; i += kTileRows) {
         const int64_t rows = min64(t.count - i, kTileRows);
         // The first group finds A in memory, and reads more rows at once than a hardware prefetcher follows.
@@ -179,7 +215,7 @@ void run_task(Task<T, E> t) {
         for (int64_t panel = first; panel < group_end; ++panel) {
           const int64_t columns = min64(t.columns - panel * kColumns, kColumns);
           const int64_t channel = t.channel + panel * kColumns;
-          const E* b = t.panels + (panel * operands<E>(cut.depth) + begin / kDepth) * kColumns;
+          const E* b = panels.first + (panel - first) * panels.step;
           const bool direct = in_place && columns == kColumns;
           const int64_t row_of_sums = single ? 0 : panel * t.count + i;
           TileOutput<Acc> out{sums + row_of_sums * kColumns, kColumns, nullptr, false, false};
@@ -220,59 +256,87 @@ void run_task(Task<T, E> t) {
   }
 }
 
-// As many blocks of positions as threads want; or few blocks' channels are cut too, where a block of less
-// than 4 tiles would read all the weights for little or would leave threads idle.
-GemmTasks cut_tasks(int64_t positions, int64_t panels, int64_t groups, int64_t block_tiles, bool small) {
+// The tasks whose busiest thread is done first: as many blocks of positions as L2 or the threads want, and
+// the channels in one, a part a thread or a part a panel. In eighths of a tile times a panel's depth, which
+// is 28 multiply-adds of vectors in AVX-512: a task reads a tile's rows (1) and a panel (2), and a thread
+// packs a panel that none has packed (4).
+GemmTasks cut_tasks(int64_t positions, int64_t panels, int64_t groups, int64_t block_tiles, bool packed,
+                    bool small) {
   const int64_t tiles = ceil_div(positions, kTileRows), threads = small ? 1 : num_threads();
-  const int64_t blocks = ceil_div(tiles, block_tiles);
-  if (blocks * groups % threads == 0) return {tiles, blocks, 1};
-  const GemmTasks whole{tiles, min64(tiles, ceil_div(blocks, threads) * threads), 1};
-  const GemmTasks cut{tiles, blocks, min64(panels, threads)};
-  // The busiest thread's tiles times panels.
-  const auto load = [&](const GemmTasks& t) {
-    const int64_t tasks = t.blocks * groups * t.channel_parts;
-    return ceil_div(tasks, threads) * tiles * groups * ceil_div(panels, t.channel_parts) * t.channel_parts /
-           tasks;
-  };
-  return tiles < 4 * whole.blocks && load(cut) <= load(whole) ? cut : whole;
+  const int64_t least = ceil_div(tiles, block_tiles);
+  GemmTasks best{tiles, least, 1};
+  int64_t least_load = INT64_MAX;
+  const int64_t all_parts[] = {1, min64(panels, threads), panels};
+  const int64_t all_blocks[] = {least, min64(tiles, ceil_div(least, threads) * threads)};
+  for (int64_t parts : all_parts) {
+    for (int64_t blocks : all_blocks) {
+      const int64_t tasks = ceil_div(blocks * groups * parts, threads);  // of the busiest thread
+      const int64_t task_tiles = ceil_div(tiles, blocks), task_panels = ceil_div(panels, parts);
+      const int64_t load = tasks * (task_tiles * (8 * task_panels + 1) + 2 * task_panels) +
+                           (packed ? 0 : ceil_div(tasks, blocks) * 4 * task_panels);
+      if (load < least_load) best = {tiles, blocks, parts}, least_load = load;
+    }
+  }
+  return best;
 }
 
 }  // namespace
 
 template <class T, class E>
-void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const E* panels, int64_t N, int64_t groups,
-               int64_t columns) {
-  constexpr int64_t kColumns = kTileColumns<E>;
-  const int64_t positions = N * gather.P * gather.Q, depth = gather.depth();
+void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Filters<T, E>& given, int64_t N,
+               int64_t groups) {
+  constexpr int64_t kColumns = kTileColumns<E>, kBytes = sizeof(E);
+  const int64_t positions = N * gather.P * gather.Q, depth = gather.depth(), columns = given.columns();
   const int64_t group_panels = ceil_div(columns, kColumns);
   const bool linear =
       scatter.step_h == 1 && scatter.step_w == 1 && gather.P == scatter.H && gather.Q == scatter.W;
   const GemmTasks cut = cut_tasks(positions, group_panels, groups, block_tiles<E>(cut_depth<E>(gather)),
-                                  positions * depth * columns * groups < 2 * kWorthAThread);
+                                  given.packed, positions * depth * columns * groups < 2 * kWorthAThread);
+  const int64_t tasks = cut.blocks * groups * cut.channel_parts;
+  // A thread's panels are its own where it needs them once or they are few; many are soon in L3, where it
+  // does not matter who has packed them.
+  const bool again = min64(cut.blocks, ceil_div(tasks, num_threads())) > 1;
+  const int64_t own_size = ceil_div(group_panels, cut.channel_parts) * operands<E>(depth) * kColumns;
+  Filters<T, E> filters = given;
+  if (!filters.packed && again && own_size > kKeptBytes / kBytes) {
+    E* packed = workspace<E>(Workspace::kShared, groups * group_panels * operands<E>(depth) * kColumns);
+    pack_all_filters(filters, groups, packed);
+    filters.packed = packed;
+  }
 
-  parallel_for(cut.blocks * groups * cut.channel_parts, 1, [&](int64_t task_begin, int64_t task_end) {
+  parallel_for(tasks, 1, [&](int64_t task_begin, int64_t task_end) {
+    const int64_t in_work = max64(kGroupBytes / kBytes, kBlockDepth * kColumns);
+    const int64_t size = again ? own_size : min64(own_size, in_work);
+    E* own = filters.packed ? nullptr : workspace<E>(Workspace::kShared, size);
     for (int64_t task = task_begin; task < task_end; ++task) {
       const int64_t block = task % cut.blocks, rest = task / cut.blocks;  // a thread's share: of few panels
       const int64_t group = rest % groups, part = rest / groups;
       const int64_t position = cut.tiles * block / cut.blocks * kTileRows;
       const int64_t end = min64(positions, cut.tiles * (block + 1) / cut.blocks * kTileRows);
-      run_task(Task<T, E>{gather.of_group(group), scatter,
-                          panels + group * group_panels * operands<E>(depth) * kColumns, group * columns,
-                          columns, position, end - position, group_panels * part / cut.channel_parts,
-                          group_panels * (part + 1) / cut.channel_parts, linear});
+      run_task(Task<T, E>{gather.of_group(group),
+                          scatter,
+                          filters,
+                          group,
+                          group * columns,
+                          columns,
+                          position,
+                          end - position,
+                          group_panels * part / cut.channel_parts,
+                          group_panels * (part + 1) / cut.channel_parts,
+                          {own, again, again && block > 0 && task > task_begin},
+                          linear});
     }
   });
 }
 
-template void correlate(const Gather<float>&, const Scatter<float>&, const float*, int64_t, int64_t, int64_t);
-template void correlate(const Gather<double>&, const Scatter<double>&, const double*, int64_t, int64_t,
-                        int64_t);
-template void correlate(const Gather<BFloat16>&, const Scatter<BFloat16>&, const float*, int64_t, int64_t,
-                        int64_t);
+#define INSTANTIATE(T, E) \
+  template void correlate(const Gather<T>&, const Scatter<T>&, const Filters<T, E>&, int64_t, int64_t);
+INSTANTIATE(float, float)
+INSTANTIATE(double, double)
+INSTANTIATE(BFloat16, float)
+INSTANTIATE(Half, float)
 #if defined(CUDA_CNN_HAS_PAIRS)
-template void correlate(const Gather<BFloat16>&, const Scatter<BFloat16>&, const Bf16Pair*, int64_t, int64_t,
-                        int64_t);
+INSTANTIATE(BFloat16, Bf16Pair)
 #endif
-template void correlate(const Gather<Half>&, const Scatter<Half>&, const float*, int64_t, int64_t, int64_t);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

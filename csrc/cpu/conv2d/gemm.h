@@ -1,7 +1,7 @@
 // Convolution as a blocked matrix product that never writes its matrix to memory: see gemm.cpp.
 #pragma once
 
-#include "cpu/conv2d/pack.h"
+#include "cpu/conv2d/filters.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
@@ -42,17 +42,16 @@ Scatter<T> phase_scatter(const Conv2dParams& p, const Conv2dPhase& h, const Conv
   return {static_cast<T*>(p.dx), p.H, p.W, p.x_pixel, h.first, w.first, p.stride_h, p.stride_w};
 }
 
-// out = matrix(gather) * panels for each of `groups`: N*P*Q positions, `columns` channels a group.
-// panels holds [group][panel][depth][kTileColumns] of operands E; group g reads channels from
-// g * gather.channels on.
+// out = matrix(gather) * filters for each of `groups`: N*P*Q positions, filters.columns() channels a group.
+// Group g reads channels from g * gather.channels on.
 template <class T, class E>
-void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const E* panels, int64_t N, int64_t groups,
-               int64_t columns);
+void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Filters<T, E>& filters, int64_t N,
+               int64_t groups);
 
 // The same for one group of few channels whose taps are neighbours along a row (few_channels_forward.cpp);
 // out is `linear` and there is no residual.
 template <class T>
-void correlate_few_channels(const Gather<T>& gather, const Scatter<T>& scatter, const Accumulator<T>* panels,
-                            int64_t N, int64_t columns);
+void correlate_few_channels(const Gather<T>& gather, const Scatter<T>& scatter, const Filters<T>& filters,
+                            int64_t N);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -11,15 +11,6 @@ namespace {
 // Below so many elements zeros are not worth a second thread.
 constexpr int64_t kZeroGrain = 65536;
 
-template <class T, class E>
-const E* packed_filters(const Filters<T, E>& filters, int64_t groups) {
-  if (filters.packed) return filters.packed;
-  const int64_t columns = ceil_div(filters.columns(), kTileColumns<E>) * kTileColumns<E>;
-  E* packed = workspace<E>(Workspace::kShared, groups * columns * operands<E>(filters.depth()));
-  pack_all_filters(filters, groups, packed);
-  return packed;
-}
-
 template <class T, class E = Accumulator<T>>
 Filters<T, E> make_filters(const Conv2dParams& p) {
   return {static_cast<const T*>(p.weight), p.R, p.S, p.C / p.groups, p.K / p.groups, false, {}, {},
@@ -55,8 +46,8 @@ void zero_phase(const Conv2dParams& p, const Conv2dPhase& h, const Conv2dPhase& 
 template <class T>
 void forward_gemm(const Conv2dParams& p) {
   with_operand<T>(conv2d_packs_pairs(p), [&](auto operand) {
-    const auto* panels = packed_filters(make_filters<T, decltype(operand)>(p), p.groups);
-    correlate(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.groups, p.K / p.groups);
+    correlate(forward_gather<T>(p), forward_scatter<T>(p), make_filters<T, decltype(operand)>(p), p.N,
+              p.groups);
   });
 }
 
@@ -64,8 +55,7 @@ template <class T>
 void forward_few_channels(const Conv2dParams& unpacked) {
   Conv2dParams p = unpacked;
   if (conv2d_packs_pairs(p)) p.packed = nullptr;  // runs of odd length have no pairs
-  const Accumulator<T>* panels = packed_filters(make_filters<T>(p), 1);
-  correlate_few_channels(forward_gather<T>(p), forward_scatter<T>(p), panels, p.N, p.K);
+  correlate_few_channels(forward_gather<T>(p), forward_scatter<T>(p), make_filters<T>(p), p.N);
 }
 
 void forward_winograd(const Conv2dParams& p) {
@@ -89,8 +79,7 @@ void input_grad_gemm(const Conv2dParams& p) {
       with_operand<T>(multiplies_pairs() && p.K / p.groups % 2 == 0, [&](auto operand) {
         auto filters = make_filters<T, decltype(operand)>(p);
         filters.transposed = true, filters.h = h, filters.w = w;
-        correlate(phase_gather<T>(p, h, w), phase_scatter<T>(p, h, w), packed_filters(filters, p.groups), p.N,
-                  p.groups, filters.columns());
+        correlate(phase_gather<T>(p, h, w), phase_scatter<T>(p, h, w), filters, p.N, p.groups);
       });
     }
   }

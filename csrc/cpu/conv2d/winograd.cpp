@@ -67,7 +67,7 @@ void transform_filters(const Filters<T, E>& filters, int64_t group, int64_t colu
     panel += (group * ceil_div(filters.columns(), kColumns) + column / kColumns) * panel_size;
   } else {
     E* packed = workspace<E>(Workspace::kC, panel_size);
-    pack_filters(filters, group, column, packed);
+    pack_filters(filters, group, column, 0, filters.depth(), packed);
     panel = packed;
   }
   if constexpr (kWinogradIn<T> == 6) {
