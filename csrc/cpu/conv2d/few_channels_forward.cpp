@@ -85,7 +85,9 @@ void correlate_few_channels(const Gather<T>& g, const Scatter<T>& to, const Filt
   image.S = (g.Q - 1) * g.stride_w + g.S;
   const int64_t row_step = ceil_div(image.depth(), kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
   const int64_t rows_bytes = row_step * g.stride_h * static_cast<int64_t>(sizeof(Acc));
-  const int64_t band = max64(1, min64(g.P, kBandBytes / rows_bytes)), bands = ceil_div(g.P, band);
+  const int64_t most = max64(1, min64(g.P, kBandBytes / rows_bytes)), threads = num_threads();
+  const int64_t bands = min64(g.P, ceil_div(ceil_div(g.P, most), threads) * threads);  // even loads
+  const int64_t band = ceil_div(g.P, bands);
 
   Acc* bias = to.bias ? workspace<Acc>(Workspace::kC, panels * kColumns) : nullptr;
   for (int64_t k = 0; to.bias && k < panels * kColumns; ++k) {
@@ -101,7 +103,8 @@ void correlate_few_channels(const Gather<T>& g, const Scatter<T>& to, const Filt
     }
     const Band<T> work{g, to, own ? own : filters.packed, bias, columns, row_step};
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / bands, p = task % bands * band, p_end = min64(g.P, p + band);
+      const int64_t n = task / bands, p = g.P * (task % bands) / bands,
+                    p_end = g.P * (task % bands + 1) / bands;
       const int64_t count = (p_end - p - 1) * g.stride_h + (g.R - 1) * g.tap_h + 1;
       pack_positions(image, n * image.P + p * g.stride_h, count, 0, image.depth(), rows, row_step);
       work.rows(n, p, p_end, rows);

@@ -6,8 +6,9 @@
 //   the transformed activations never exist as a whole.
 // Two schedules:
 //   tiles over threads, all filters transformed up front: few channels, many tiles; a thread's V and M fit L2
-//   filters over threads, V shared: many channels; a panel's U is made just before its use, and used for many
-//   tiles
+//   filters over threads: many channels; a panel's U is made just before its use, and used for many tiles
+// What all threads read, U or V, each makes for itself: from another core's cache it would come more slowly.
+// What is too large for such a cache is in L3 soon, and is made once.
 #include "cpu/conv2d/winograd.h"
 
 #include "cpu/parallel.h"
@@ -19,8 +20,9 @@ namespace {
 using winograd::V;
 constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
-constexpr int64_t kTilesAlone = 32;
-constexpr int64_t kPad = 16;  // keeps the streams of a transform off one another's cache sets
+constexpr int64_t kTilesAlone = 8;      // not worth a second thread
+constexpr int64_t kOwnBytes = 2097152;  // of U or V, up to which each thread makes its own
+constexpr int64_t kPad = 16;            // keeps the streams of a transform off one another's cache sets
 
 // U of one panel: [point][channel][kTileColumns] of operands, points u_step apart.
 template <class E>
@@ -151,9 +153,13 @@ struct Problem {
 
   int64_t columns() const { return filters.columns(); }
   int64_t panels() const { return ceil_div(columns(), kColumns); }
-  // Few filters' U is made by one thread; few tiles are not worth its way to another.
   bool alone() const { return panels() < num_threads() && tiles < kTilesAlone; }
   int64_t u_size() const { return kWinogradPoints<T> * u_step<E>(gather.channels); }
+  void transform(int64_t begin, int64_t end, E* u) const {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      transform_filters(filters, group, panel * kColumns, gather.channels, u + (panel - begin) * u_size());
+    }
+  }
   void multiply(int64_t panel, const E* u, const T* v, int64_t v_step, int64_t begin, int64_t end) const {
     multiply_panel(gather, scatter, columns() - panel * kColumns, group * columns() + panel * kColumns, u, v,
                    v_step, begin, end);
@@ -164,15 +170,17 @@ template <class T>
 void tiles_over_threads(const Problem<T>& p, int64_t block) {
   using E = PairOf<T>;
   const int64_t channels = p.gather.channels, v_step = block * v_tile_step(channels) + kPad;
-  E* u = workspace<E>(Workspace::kShared, p.panels() * p.u_size());
-  parallel_for(p.panels(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      transform_filters(p.filters, p.group, panel * kColumns, channels, u + panel * p.u_size());
-    }
-  });
+  const int64_t u_size = p.panels() * p.u_size(), u_bytes = u_size * static_cast<int64_t>(sizeof(E));
+  E* shared = u_bytes <= kOwnBytes ? nullptr : workspace<E>(Workspace::kShared, u_size);
+  if (shared) {
+    parallel_for(p.panels(), 1,
+                 [&](int64_t begin, int64_t end) { p.transform(begin, end, shared + begin * p.u_size()); });
+  }
   const int64_t blocks = ceil_div(p.tiles, block);
   parallel_for(blocks, p.alone() ? blocks : 1, [&](int64_t first, int64_t last) {
     T* v = workspace<T>(Workspace::kA, kWinogradPoints<T> * v_step);
+    E* u = shared ? shared : workspace<E>(Workspace::kD, u_size);
+    if (!shared) p.transform(0, p.panels(), u);
     for (int64_t begin = first * block; begin < min64(last * block, p.tiles); begin += block) {
       const int64_t end = min64(begin + block, p.tiles);
       winograd_inputs(p.gather, begin, end, v, v_step, v_tile_step(channels));
@@ -188,16 +196,21 @@ void filters_over_threads(const Problem<T>& p, int64_t block) {
   using E = PairOf<T>;
   const int64_t channels = p.gather.channels, tile_step = v_tile_step(channels),
                 v_step = block * tile_step + kPad;
-  T* v = workspace<T>(Workspace::kShared, kWinogradPoints<T> * v_step);
+  const int64_t v_size = kWinogradPoints<T> * v_step, v_bytes = v_size * static_cast<int64_t>(sizeof(T));
+  T* shared = v_bytes <= kOwnBytes ? nullptr : workspace<T>(Workspace::kShared, v_size);
   for (int64_t begin = 0; begin < p.tiles; begin += block) {
     const int64_t end = min64(begin + block, p.tiles);
-    parallel_for(end - begin, 4, [&](int64_t first, int64_t last) {
-      winograd_inputs(p.gather, begin + first, begin + last, v + first * tile_step, v_step, tile_step);
-    });
+    if (shared) {
+      parallel_for(end - begin, 4, [&](int64_t first, int64_t last) {
+        winograd_inputs(p.gather, begin + first, begin + last, shared + first * tile_step, v_step, tile_step);
+      });
+    }
     parallel_for(p.panels(), 1, [&](int64_t first, int64_t last) {
       E* u = workspace<E>(Workspace::kD, p.u_size());
+      T* v = shared ? shared : workspace<T>(Workspace::kA, v_size);
+      if (!shared) winograd_inputs(p.gather, begin, end, v, v_step, tile_step);
       for (int64_t panel = first; panel < last; ++panel) {
-        transform_filters(p.filters, p.group, panel * kColumns, channels, u);
+        p.transform(panel, panel + 1, u);
         // M of 56 tiles: 36 * 56 * 32 * 4 bytes = 252 KiB of L2.
         for (int64_t t = begin; t < end; t += 56) {
           p.multiply(panel, u, v + (t - begin) * tile_step, v_step, t, min64(t + 56, end));
@@ -331,10 +344,14 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
     const int64_t fits =
         524288 / (kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(gather.channels));
     const int64_t most = max64(1, min64(fits / kTileRows, 4)) * kTileRows;
-    const bool few_tiles = p.tiles < 2 * kTileRows * num_threads();
-    if ((gather.channels <= 128 && !few_tiles) || p.panels() < num_threads()) {
+    // The busiest thread's work: 1 for a tile's V, and for reading it for a panel where all V are not in L2;
+    // 5 for its products with a vector of filters, 72 for a panel's U.
+    const int64_t threads = p.alone() ? 1 : num_threads(), vectors = ceil_div(p.columns(), kLane);
+    const int64_t product = fits < p.tiles / 2 ? 11 : 10;
+    const int64_t by_tiles = 72 * p.panels() + ceil_div(p.tiles, threads) * (5 * vectors + 1);
+    const int64_t by_filters = ceil_div(p.panels(), threads) * (72 + product * p.tiles) + p.tiles;
+    if ((gather.channels <= 128 && by_tiles < by_filters) || p.panels() < num_threads()) {
       // As many blocks for each thread.
-      const int64_t threads = p.alone() ? 1 : num_threads();
       const int64_t blocks = ceil_div(ceil_div(p.tiles, most), threads) * threads;
       tiles_over_threads(p, ceil_div(p.tiles, blocks));
     } else {

@@ -2,8 +2,8 @@
 // tiles of V^T * M, with V the transformed inputs as in winograd.cpp and M the transformed output gradients
 // of a tile; then the points of dU give the taps. The tiles are cut into chunks that have sums of their own,
 // and those into blocks that follow one another: every sum has one order. A thread takes whole chunks, whose
-// V and M are then in no other core's caches; with more threads than chunks all share one chunk after
-// another, by tiles, points and panels.
+// V and M are then in no other core's caches; with more threads than chunks a thread takes a part of the
+// channels and panels, for which it repeats the transforms of the other side.
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/winograd.h"
 
@@ -16,15 +16,39 @@ constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kPad = 16;
 constexpr int64_t kAllSums = 2097152;  // of all chunks: 8 MiB
 
-// One group. Of bfloat16 the tiles of V and M are pairs.
+// One group, or a part of its channels and panels. Of bfloat16 the tiles of V and M are pairs.
 template <class T>
 struct Sums {
   Gather<T> gather;
   const T* dy;
-  int64_t dy_pixel, outputs, panels, tiles, chunks, block;
+  T* dweight;  // [output][tap][channel], taps `channels` apart
+  int64_t channels, dy_pixel, outputs, panels, tiles, chunks, block;
   int64_t v_tile, v_point;            // steps of V [point][tile][channel]
   int64_t m_panel, m_point;           // steps of M [point][panel][tile][kTileColumns]
   int64_t u_point, u_panel, u_chunk;  // steps of dU [chunk][panel][point][channel][kTileColumns]
+
+  void lay_out() {
+    constexpr int64_t kPoints = kWinogradPoints<T>, kDepth = kDepthOf<PairOf<T>>;
+    v_tile = ceil_div(gather.channels, kLane) * kLane + kPad;
+    v_point = block / kDepth * v_tile + kPad;
+    m_panel = block / kDepth * kColumns;
+    m_point = panels * m_panel + kPad;
+    u_point = gather.channels * kColumns + kPad;
+    u_panel = kPoints * u_point;
+    u_chunk = panels * u_panel;
+  }
+  Sums part(int64_t channel, int64_t channel_end, int64_t panel, int64_t panel_end) const {
+    Sums s = *this;
+    s.gather.source += channel;
+    if (s.gather.scale) s.gather.scale += channel, s.gather.shift += channel;
+    s.gather.channels = channel_end - channel;
+    s.dy += panel * kColumns;
+    s.dweight += panel * kColumns * gather.R * gather.S * channels + channel;
+    s.outputs -= panel * kColumns;
+    s.panels = panel_end - panel;
+    s.lay_out();
+    return s;
+  }
 };
 
 // The output gradients of a tile, the vector of channels from k on, at the points.
@@ -48,15 +72,15 @@ CUDA_CNN_INLINE void gradients_at_points(const Sums<T>& w, int64_t t, int64_t k,
   winograd::both_sides(winograd::output_transposed<kOut>, points, y);
 }
 
-// Those of tiles [begin, end), into M from its tile `at` on.
+// Those of tiles [begin, end), into M.
 template <int kOut, class T>
-void transform_gradients(const Sums<T>& w, int64_t begin, int64_t end, PairOf<T>* m, int64_t at) {
+void transform_gradients(const Sums<T>& w, int64_t begin, int64_t end, PairOf<T>* m) {
   constexpr int kIn = kWinogradIn<T>, kDepth = kDepthOf<PairOf<T>>;
-  for (int64_t t = begin; t < end; t += kDepth, at += kDepth) {
+  for (int64_t t = begin; t < end; t += kDepth, m += kColumns) {
     for (int64_t k = 0; k < w.panels * kColumns; k += kLane) {
       V points[kDepth][kIn][kIn] = {};
       for (int d = 0; d < kDepth && t + d < end; ++d) gradients_at_points<kOut>(w, t + d, k, points[d]);
-      PairOf<T>* to = m + k / kColumns * w.m_panel + at / kDepth * kColumns + k % kColumns;
+      PairOf<T>* to = m + k / kColumns * w.m_panel + k % kColumns;
 #pragma GCC unroll 6
       for (int i = 0; i < kIn; ++i) {
 #pragma GCC unroll 6
@@ -107,7 +131,7 @@ void multiply_point(const Sums<T>& w, int64_t point, int64_t panel, const PairOf
   using E = PairOf<T>;
   v += point * w.v_point;
   m += point * w.m_point + panel * w.m_panel;
-  u += panel * w.u_panel + point * w.u_point;
+  u += point * w.u_point;
   const int64_t channels = w.gather.channels, columns = w.outputs - panel * kColumns;
   for (int64_t c = 0; c < channels; c += kTileRows) {
     find_tile<E>(TileOperand::kRowContiguous, min64(channels - c, kTileRows), columns)(
@@ -115,46 +139,94 @@ void multiply_point(const Sums<T>& w, int64_t point, int64_t panel, const PairOf
   }
 }
 
+// V and M of tiles [begin, begin + count).
+template <int kTaps, class T>
+void transform_block(const Sums<T>& w, int64_t begin, int64_t count, PairOf<T>* v, PairOf<T>* m) {
+  winograd_inputs(w.gather, begin, begin + count, v, w.v_point, w.v_tile);
+  transform_gradients<winograd_out<T>(kTaps)>(w, begin, begin + count, m);
+}
+
+template <class T>
+PairOf<T>* block_workspace(const Sums<T>& w) {
+  return workspace<PairOf<T>>(Workspace::kShared, kWinogradPoints<T> * (w.v_point + w.m_point));
+}
+
 // The sums of tiles [begin, end).
 template <int kTaps, class T>
 void chunk_sums(const Sums<T>& w, int64_t begin, int64_t end, float* u) {
-  using E = PairOf<T>;
-  constexpr int64_t kPoints = kWinogradPoints<T>, kDepth = kDepthOf<E>;
-  const int64_t v_size = kPoints * w.v_point, m_size = kPoints * w.m_point;
-  E *v = workspace<E>(Workspace::kShared, v_size + m_size), *m = v + v_size;
+  constexpr int64_t kPoints = kWinogradPoints<T>;
+  PairOf<T>*v = block_workspace(w), *m = v + kPoints * w.v_point;
   for (int64_t at = begin; at < end; at += w.block) {
     const int64_t tiles = min64(w.block, end - at);
-    parallel_for(operands<E>(tiles), 4, [&](int64_t first, int64_t last) {
-      const int64_t from = at + first * kDepth, to = min64(at + last * kDepth, at + tiles);
-      winograd_inputs(w.gather, from, to, v + first * w.v_tile, w.v_point, w.v_tile);
-      transform_gradients<winograd_out<T>(kTaps)>(w, from, to, m, first * kDepth);
-    });
-    parallel_for(w.panels * kPoints, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        multiply_point(w, i % kPoints, i / kPoints, v, m, tiles, u, at > begin);
-      }
-    });
+    transform_block<kTaps>(w, at, tiles, v, m);
+    for (int64_t i = 0; i < w.panels * kPoints; ++i) {
+      multiply_point(w, i % kPoints, i / kPoints, v, m, tiles, u + i / kPoints * w.u_panel, at > begin);
+    }
+  }
+}
+
+// Chunks [first, last) of those.
+template <int kTaps, class T>
+void chunks_sums(const Sums<T>& w, int64_t first, int64_t last, float* u) {
+  constexpr int64_t kDepth = kDepthOf<PairOf<T>>;
+  const int64_t rows = operands<PairOf<T>>(w.tiles);
+  for (int64_t i = first; i < last; ++i) {
+    chunk_sums<kTaps>(w, rows * i / w.chunks * kDepth, min64(w.tiles, rows * (i + 1) / w.chunks * kDepth),
+                      u + i * w.u_chunk);
+  }
+}
+
+// From a panel's sums to its place in dweight.
+template <int kTaps, class T>
+void finish_panel(const Sums<T>& w, int64_t panel, const float* u) {
+  const int64_t channels = w.gather.channels, filter = kTaps * kTaps * w.channels;
+  float* taps = workspace<float>(Workspace::kC, kTaps * kTaps * channels * kColumns);
+  transform_sums<kTaps>(w, u, taps);
+  T* to = w.dweight + panel * kColumns * filter;
+  for (int tap = 0; tap < kTaps * kTaps; ++tap, taps += channels * kColumns, to += w.channels) {
+    unpack_panel_transposed(taps, w.outputs - panel * kColumns, channels, to, filter);
+  }
+}
+
+// All of a part, by one thread.
+template <int kTaps, class T>
+void part_weight_grad(const Sums<T>& w) {
+  constexpr int64_t kPoints = kWinogradPoints<T>;
+  if (w.chunks > 1 || w.tiles > w.block) {
+    float* u = workspace<float>(Workspace::kD, w.chunks * w.u_chunk);
+    chunks_sums<kTaps>(w, 0, w.chunks, u);
+    for (int64_t panel = 0; panel < w.panels; ++panel) finish_panel<kTaps>(w, panel, u + panel * w.u_panel);
+    return;
+  }
+  // A panel's sums are done with at once, and stay in cache.
+  float* u = workspace<float>(Workspace::kD, w.u_panel);
+  PairOf<T>*v = block_workspace(w), *m = v + kPoints * w.v_point;
+  transform_block<kTaps>(w, 0, w.tiles, v, m);
+  for (int64_t panel = 0; panel < w.panels; ++panel) {
+    for (int64_t point = 0; point < kPoints; ++point)
+      multiply_point(w, point, panel, v, m, w.tiles, u, false);
+    finish_panel<kTaps>(w, panel, u);
   }
 }
 
 template <int kTaps, class T>
-void group_weight_grad(const Sums<T>& w, T* dweight) {
-  constexpr int64_t kDepth = kDepthOf<PairOf<T>>;
-  const int64_t channels = w.gather.channels, filter = kTaps * kTaps * channels;
-  const int64_t rows = operands<PairOf<T>>(w.tiles);
-  float* u = workspace<float>(Workspace::kD, w.chunks * w.u_chunk);
-  parallel_for(w.chunks, w.chunks < num_threads() ? w.chunks : 1, [&](int64_t first, int64_t last) {
+void group_weight_grad(const Sums<T>& w) {
+  if (w.chunks > 1 && w.chunks >= num_threads()) {
+    float* u = workspace<float>(Workspace::kD, w.chunks * w.u_chunk);
+    parallel_for(w.chunks, 1, [&](int64_t first, int64_t last) { chunks_sums<kTaps>(w, first, last, u); });
+    parallel_for(w.panels, 1, [&](int64_t first, int64_t last) {
+      for (int64_t panel = first; panel < last; ++panel) finish_panel<kTaps>(w, panel, u + panel * w.u_panel);
+    });
+    return;
+  }
+  const int64_t vectors = ceil_div(w.channels, kLane), parts = min64(vectors, num_threads());
+  const int64_t panel_parts = min64(w.panels, num_threads() / parts);
+  parallel_for(parts * panel_parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      chunk_sums<kTaps>(w, rows * i / w.chunks * kDepth, min64(w.tiles, rows * (i + 1) / w.chunks * kDepth),
-                        u + i * w.u_chunk);
-    }
-  });
-  parallel_for(w.panels, 1, [&](int64_t first, int64_t last) {
-    float* taps = workspace<float>(Workspace::kC, filter * kColumns);
-    for (int64_t panel = first; panel < last; ++panel) {
-      transform_sums<kTaps>(w, u + panel * w.u_panel, taps);
-      unpack_panel_transposed(taps, w.outputs - panel * kColumns, filter, dweight + panel * kColumns * filter,
-                              filter);
+      const int64_t c = i % parts, k = i / parts;
+      part_weight_grad<kTaps>(w.part(vectors * c / parts * kLane,
+                                     min64(w.channels, vectors * (c + 1) / parts * kLane),
+                                     w.panels * k / panel_parts, w.panels * (k + 1) / panel_parts));
     }
   });
 }
@@ -165,14 +237,13 @@ void weight_grad_of(const Conv2dParams& p) {
   const int64_t channels = p.C / p.groups, outputs = p.K / p.groups;
   Sums<T> w{forward_gather<T>(p),
             static_cast<const T*>(p.dy),
+            static_cast<T*>(p.dweight),
+            channels,
             p.y_pixel,
             outputs,
             ceil_div(outputs, kColumns),
             winograd_tiles(forward_gather<T>(p), p.N)};
-  w.v_tile = ceil_div(channels, kLane) * kLane + kPad;
-  w.u_point = channels * kColumns + kPad;
-  w.u_panel = kPoints * w.u_point;
-  w.u_chunk = w.panels * w.u_panel;
+  w.lay_out();
   // A chunk's sums, points * channels * columns, are not to outweigh its V and M, points * tiles * (channels
   // + columns), and those of all stay in a cache.
   const int64_t columns = w.panels * kColumns;
@@ -185,21 +256,19 @@ void weight_grad_of(const Conv2dParams& p) {
   const int64_t fits =
       w.chunks > 1 ? max64(28, 1048576 / row_bytes) : max64(112 / kDepth, 2097152 / row_bytes);
   w.block = ceil_div(rows, ceil_div(rows, fits)) * kDepth;
-  w.v_point = w.block / kDepth * w.v_tile + kPad;
-  w.m_panel = w.block / kDepth * kColumns;
-  w.m_point = w.panels * w.m_panel + kPad;
+  w.lay_out();
   for (int64_t group = 0; group < p.groups; ++group) {
     Sums<T> of_group = w;
     of_group.gather = w.gather.of_group(group);
     of_group.dy += group * outputs;
-    T* dweight = static_cast<T*>(p.dweight) + group * outputs * p.R * p.S * channels;
+    of_group.dweight += group * outputs * p.R * p.S * channels;
     if constexpr (kWinogradIn<T> == 6) {
       if (p.R == 5) {
-        group_weight_grad<5>(of_group, dweight);
+        group_weight_grad<5>(of_group);
         continue;
       }
     }
-    group_weight_grad<3>(of_group, dweight);
+    group_weight_grad<3>(of_group);
   }
 }
 
