@@ -20,11 +20,19 @@ using TapLane = decltype(+TapLanes<T>{}[0]);
 // vectors are long there are intrinsics.
 template <class Lanes, class Tap>
 CUDA_CNN_INLINE void read_taps(const Tap* p, Lanes& taps) {
-  for (unsigned i = 0; i < sizeof(taps) / sizeof(taps[0]); ++i) taps[i] = p[i];
+  if constexpr (sizeof(Tap) == sizeof(taps[0])) {
+    __builtin_memcpy(&taps, p, sizeof(taps));
+  } else {
+    for (unsigned i = 0; i < sizeof(taps) / sizeof(taps[0]); ++i) taps[i] = p[i];
+  }
 }
 template <class Lanes, class Tap>
 CUDA_CNN_INLINE void write_taps(Tap* p, Lanes taps) {
-  for (unsigned i = 0; i < sizeof(taps) / sizeof(taps[0]); ++i) p[i] = static_cast<Tap>(taps[i]);
+  if constexpr (sizeof(Tap) == sizeof(taps[0])) {
+    __builtin_memcpy(p, &taps, sizeof(taps));
+  } else {
+    for (unsigned i = 0; i < sizeof(taps) / sizeof(taps[0]); ++i) p[i] = static_cast<Tap>(taps[i]);
+  }
 }
 #if defined(CUDA_CNN_ISA_AVX512)
 CUDA_CNN_INLINE void read_taps(const uint8_t* p, TapLanes<float>& taps) {
