@@ -257,11 +257,12 @@ void run_task(Task<T, E> t) {
 }
 
 // The tasks whose busiest thread is done first: as many blocks of positions as L2 or the threads want, and
-// the channels in one, a part a thread or a part a panel. In eighths of a tile times a panel's depth, which
-// is 28 multiply-adds of vectors in AVX-512: a task reads a tile's rows (1) and a panel (2), and a thread
-// packs a panel that none has packed (4).
-GemmTasks cut_tasks(int64_t positions, int64_t panels, int64_t groups, int64_t block_tiles, bool packed,
-                    bool small) {
+// the channels in one, a part a thread or a part a panel. In eighths of a tile times a panel, which is 28
+// multiply-adds of vectors a step of depth in AVX-512: a task reads a tile's rows (1) and a panel (4), and a
+// thread packs a panel that none has packed (4). Where the channels are in parts, several cores write a row
+// of the output, which takes as long as 16 steps more of depth.
+GemmTasks cut_tasks(int64_t positions, int64_t depth, int64_t panels, int64_t groups, int64_t block_tiles,
+                    bool packed, bool small) {
   const int64_t tiles = ceil_div(positions, kTileRows), threads = small ? 1 : num_threads();
   const int64_t least = ceil_div(tiles, block_tiles);
   GemmTasks best{tiles, least, 1};
@@ -271,9 +272,10 @@ GemmTasks cut_tasks(int64_t positions, int64_t panels, int64_t groups, int64_t b
   for (int64_t parts : all_parts) {
     for (int64_t blocks : all_blocks) {
       const int64_t tasks = ceil_div(blocks * groups * parts, threads);  // of the busiest thread
-      const int64_t task_tiles = ceil_div(tiles, blocks), task_panels = ceil_div(panels, parts);
-      const int64_t load = tasks * (task_tiles * (8 * task_panels + 1) + 2 * task_panels) +
+      const int64_t task_panels = ceil_div(panels, parts);
+      const int64_t work = tasks * tiles * (8 * task_panels + 1) / blocks + tasks * 4 * task_panels +
                            (packed ? 0 : ceil_div(tasks, blocks) * 4 * task_panels);
+      const int64_t load = work * (depth + (parts > 1 ? 16 : 0));
       if (load < least_load) best = {tiles, blocks, parts}, least_load = load;
     }
   }
@@ -290,8 +292,9 @@ void correlate(const Gather<T>& gather, const Scatter<T>& scatter, const Filters
   const int64_t group_panels = ceil_div(columns, kColumns);
   const bool linear =
       scatter.step_h == 1 && scatter.step_w == 1 && gather.P == scatter.H && gather.Q == scatter.W;
-  const GemmTasks cut = cut_tasks(positions, group_panels, groups, block_tiles<E>(cut_depth<E>(gather)),
-                                  given.packed, positions * depth * columns * groups < 2 * kWorthAThread);
+  const GemmTasks cut =
+      cut_tasks(positions, operands<E>(depth), group_panels, groups, block_tiles<E>(cut_depth<E>(gather)),
+                given.packed, positions * depth * columns * groups < 2 * kWorthAThread);
   const int64_t tasks = cut.blocks * groups * cut.channel_parts;
   // A thread's panels are its own where it needs them once or they are few; many are soon in L3, where it
   // does not matter who has packed them.
