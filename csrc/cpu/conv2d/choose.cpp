@@ -16,6 +16,8 @@ constexpr int64_t kNchwPixels = 128;
 constexpr int64_t kUncutDepth = 1024;
 // Beyond, a packed weight is read often enough to pay for its packing.
 constexpr int64_t kFewPixels = 16;
+// Below, the direct weight gradient's fewer sums make up for Winograd's fewer products in pairs.
+constexpr int64_t kFewRowPixels = 256;
 // Panels of filters beyond which a first layer's packed image is read often enough to pay for its packing.
 constexpr int64_t kFewPanels = 4;
 
@@ -106,11 +108,13 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
     return p.S > 1 && !conv2d_packs_pairs(p) && p.K <= kFewPanels * conv2d_panel_columns(p.dtype);
   }
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;
-  // A weight gradient of a few tiles is mostly the way back of its sums, 36 for each filter and channel.
-  const int64_t tile = (in_pairs(p) ? 5 : 7) - p.R, tiles = p.N * ceil_div(p.P, tile) * ceil_div(p.Q, tile);
-  if (direction == Conv2dDirection::kWeightGrad && tiles < 8) return false;
-  // In pairs its error is 2.5 times a direct sum's; forward's and the input gradient's are 1.7 and 1.6 times.
-  if (direction == Conv2dDirection::kWeightGrad && in_pairs(p)) return false;
+  // A weight gradient of a few tiles is mostly the way back of its sums, 36 for each filter and channel, or
+  // 12 in pairs, for two thirds of the products.
+  const int64_t tile = 7 - p.R, tiles = p.N * ceil_div(p.P, tile) * ceil_div(p.Q, tile);
+  if (direction == Conv2dDirection::kWeightGrad &&
+      (in_pairs(p) ? p.N * p.P * p.Q < kFewRowPixels : tiles < 8)) {
+    return false;
+  }
   // The transforms cost as much as some ten channels' products, and tiles must not be mostly edge.
   return p.allow_winograd && p.C / p.groups >= 16 && p.K / p.groups >= 16 && p.P >= 4 && p.Q >= 4;
 }

@@ -106,6 +106,18 @@ CUDA_CNN_INLINE Vec<float> odd(Words pairs) { return reinterpret_cast<Vec<float>
 CUDA_CNN_INLINE Words zip(HalfWords even, HalfWords odd) {
   return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
 }
+// The same of floats, rounded.
+CUDA_CNN_INLINE Words zip(Vec<float> even, Vec<float> odd) {
+#if defined(CUDA_CNN_EMULATE_AVX512) || defined(__clang__)
+  return zip(narrow(even), narrow(odd));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+  Halves halves, turns;
+  for (int i = 0; i < 32; ++i) turns[i] = i / 2 + i % 2 * 16;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(even), "v"(odd));
+  return reinterpret_cast<Words>(__builtin_shuffle(halves, turns));
+#endif
+}
 #endif
 
 // body(E{}): the operands that products of T have, pairs if that is possible and `pairs`.

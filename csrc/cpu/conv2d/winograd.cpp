@@ -224,24 +224,6 @@ void filters_over_threads(const Problem<T>& p, int64_t block) {
 
 namespace {
 
-// The prologue of one vector of channels.
-struct ChannelMap {
-  V scale, shift;
-  bool rectify;
-
-  template <class T>
-  ChannelMap(const Gather<T>& g, int64_t channel, int64_t left)
-      : scale(broadcast(1.0f)), shift(V{}), rectify(g.relu) {
-    if (!g.scale) return;
-    scale = left >= kLane ? load(g.scale + channel) : load_first(g.scale + channel, left);
-    shift = left >= kLane ? load(g.shift + channel) : load_first(g.shift + channel, left);
-  }
-  V operator()(V x) const {
-    x = fma(x, scale, shift);
-    return rectify ? relu(x) : x;
-  }
-};
-
 // The pixels of a tile; outside the image one of zeros.
 template <class T>
 struct InputTile {
@@ -267,7 +249,7 @@ struct InputTile {
   CUDA_CNN_INLINE void at_points(const Gather<T>& g, int64_t c, V (&points)[kIn][kIn]) const {
     V x[kIn][kIn];
     const int64_t left = g.channels - c;
-    const ChannelMap map(g, c, left);
+    const WinogradPrologue map(g, c, left);
 #pragma GCC unroll 6
     for (int i = 0; i < kIn; ++i) {
 #pragma GCC unroll 6
@@ -311,28 +293,6 @@ void winograd_inputs(const Gather<T>& g, int64_t begin, int64_t end, T* out, int
     transform_inputs<false>(g, begin, end, out, point_step, tile_step);
   }
 }
-
-#if defined(CUDA_CNN_HAS_PAIRS)
-void winograd_inputs(const Gather<BFloat16>& g, int64_t begin, int64_t end, Bf16Pair* out, int64_t point_step,
-                     int64_t tile_step) {
-  constexpr int kIn = kWinogradIn<BFloat16>;
-  for (int64_t t = begin; t < end; t += 2, out += tile_step) {
-    const InputTile<BFloat16> even(g, t), odd(g, min64(t + 1, end - 1));
-    for (int64_t c = 0; c < g.channels; c += kLane) {
-      V points[2][kIn][kIn] = {};
-      even.at_points<false>(g, c, points[0]);
-      if (t + 1 < end) odd.at_points<false>(g, c, points[1]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kIn; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kIn; ++j) {
-          store(out + (i * kIn + j) * point_step + c, zip(narrow(points[0][i][j]), narrow(points[1][i][j])));
-        }
-      }
-    }
-  }
-}
-#endif
 
 template <class T>
 void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,

@@ -20,11 +20,27 @@ template <class T>
 void winograd_inputs(const Gather<T>& gather, int64_t begin, int64_t end, T* out, int64_t point_step,
                      int64_t tile_step);
 #if defined(CUDA_CNN_HAS_PAIRS)
-// The same in pairs of tiles, out[point * point_step + (tile - begin) / 2 * tile_step + channel]; `begin` is
-// even, and behind the last tile is one of 0.
-void winograd_inputs(const Gather<BFloat16>& gather, int64_t begin, int64_t end, Bf16Pair* out,
-                     int64_t point_step, int64_t tile_step);
+// The weight gradient of 3x3 filters in pairs: winograd_rows.cpp.
+void weight_grad_winograd_rows(const Conv2dParams& p);
 #endif
+
+// The prologue of one vector of channels.
+struct WinogradPrologue {
+  Vec<float> scale, shift;
+  bool rectify;
+
+  template <class T>
+  WinogradPrologue(const Gather<T>& g, int64_t channel, int64_t left)
+      : scale(broadcast(1.0f)), shift(Vec<float>{}), rectify(g.relu) {
+    if (!g.scale) return;
+    scale = left >= kLanes<float> ? load(g.scale + channel) : load_first(g.scale + channel, left);
+    shift = left >= kLanes<float> ? load(g.shift + channel) : load_first(g.shift + channel, left);
+  }
+  CUDA_CNN_INLINE Vec<float> operator()(Vec<float> x) const {
+    x = fma(x, scale, shift);
+    return rectify ? relu(x) : x;
+  }
+};
 
 // The values of operands, a vector for each of their depth; and the inverse.
 CUDA_CNN_INLINE void split(Vec<float> (&values)[1], Vec<float> operand) { values[0] = operand; }
@@ -33,9 +49,7 @@ CUDA_CNN_INLINE Vec<float> join(const Vec<float> (&values)[1]) { return values[0
 CUDA_CNN_INLINE void split(Vec<float> (&values)[2], Words pairs) {
   values[0] = even(pairs), values[1] = odd(pairs);
 }
-CUDA_CNN_INLINE Words join(const Vec<float> (&values)[2]) {
-  return zip(narrow(values[0]), narrow(values[1]));
-}
+CUDA_CNN_INLINE Words join(const Vec<float> (&values)[2]) { return zip(values[0], values[1]); }
 #endif
 
 // body(T{}) of the T that Winograd's algorithm computes with: float, or bfloat16 in pairs.

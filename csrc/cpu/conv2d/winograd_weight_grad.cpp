@@ -1,4 +1,4 @@
-// Weight gradient by Winograd's F(4,3), F(2,5) or F(2,3), transposed: at each of the points, dU = sum over
+// Weight gradient by Winograd's F(4,3) or F(2,5), transposed: at each of the points, dU = sum over
 // tiles of V^T * M, with V the transformed inputs as in winograd.cpp and M the transformed output gradients
 // of a tile; then the points of dU give the taps. The tiles are cut into chunks that have sums of their own,
 // and those into blocks that follow one another: every sum has one order. A thread takes whole chunks, whose
@@ -14,24 +14,24 @@ using winograd::V;
 constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kPad = 16;
+constexpr int kIn = kWinogradIn<float>;
+constexpr int64_t kPoints = kWinogradPoints<float>;
 constexpr int64_t kAllSums = 2097152;  // of all chunks: 8 MiB
 
-// One group, or a part of its channels and panels. Of bfloat16 the tiles of V and M are pairs.
-template <class T>
+// One group, or a part of its channels and panels.
 struct Sums {
-  Gather<T> gather;
-  const T* dy;
-  T* dweight;  // [output][tap][channel], taps `channels` apart
+  Gather<float> gather;
+  const float* dy;
+  float* dweight;  // [output][tap][channel], taps `channels` apart
   int64_t channels, dy_pixel, outputs, panels, tiles, chunks, block;
   int64_t v_tile, v_point;            // steps of V [point][tile][channel]
   int64_t m_panel, m_point;           // steps of M [point][panel][tile][kTileColumns]
   int64_t u_point, u_panel, u_chunk;  // steps of dU [chunk][panel][point][channel][kTileColumns]
 
   void lay_out() {
-    constexpr int64_t kPoints = kWinogradPoints<T>, kDepth = kDepthOf<PairOf<T>>;
     v_tile = ceil_div(gather.channels, kLane) * kLane + kPad;
-    v_point = block / kDepth * v_tile + kPad;
-    m_panel = block / kDepth * kColumns;
+    v_point = block * v_tile + kPad;
+    m_panel = block * kColumns;
     m_point = panels * m_panel + kPad;
     u_point = gather.channels * kColumns + kPad;
     u_panel = kPoints * u_point;
@@ -52,19 +52,18 @@ struct Sums {
 };
 
 // The output gradients of a tile, the vector of channels from k on, at the points.
-template <int kOut, class T>
-CUDA_CNN_INLINE void gradients_at_points(const Sums<T>& w, int64_t t, int64_t k,
-                                         V (&points)[kWinogradIn<T>][kWinogradIn<T>]) {
-  const Gather<T>& g = w.gather;
+template <int kOut>
+CUDA_CNN_INLINE void gradients_at_points(const Sums& w, int64_t t, int64_t k, V (&points)[kIn][kIn]) {
+  const Gather<float>& g = w.gather;
   const WinogradTile tile = winograd_tile(g, t);
-  const T* dy = w.dy + ((tile.n * g.P + tile.p) * g.Q + tile.q) * w.dy_pixel + k;
+  const float* dy = w.dy + ((tile.n * g.P + tile.p) * g.Q + tile.q) * w.dy_pixel + k;
   const int64_t left = w.outputs - k;
   V y[kOut][kOut];
 #pragma GCC unroll 4
   for (int i = 0; i < kOut; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kOut; ++j) {
-      const T* from = dy + (i * g.Q + j) * w.dy_pixel;
+      const float* from = dy + (i * g.Q + j) * w.dy_pixel;
       const bool inside = tile.p + i < g.P && tile.q + j < g.Q && left > 0;
       y[i][j] = !inside ? V{} : left >= kLane ? load(from) : load_first(from, left);
     }
@@ -73,31 +72,25 @@ CUDA_CNN_INLINE void gradients_at_points(const Sums<T>& w, int64_t t, int64_t k,
 }
 
 // Those of tiles [begin, end), into M.
-template <int kOut, class T>
-void transform_gradients(const Sums<T>& w, int64_t begin, int64_t end, PairOf<T>* m) {
-  constexpr int kIn = kWinogradIn<T>, kDepth = kDepthOf<PairOf<T>>;
-  for (int64_t t = begin; t < end; t += kDepth, m += kColumns) {
+template <int kOut>
+void transform_gradients(const Sums& w, int64_t begin, int64_t end, float* m) {
+  for (int64_t t = begin; t < end; ++t, m += kColumns) {
     for (int64_t k = 0; k < w.panels * kColumns; k += kLane) {
-      V points[kDepth][kIn][kIn] = {};
-      for (int d = 0; d < kDepth && t + d < end; ++d) gradients_at_points<kOut>(w, t + d, k, points[d]);
-      PairOf<T>* to = m + k / kColumns * w.m_panel + k % kColumns;
+      V points[kIn][kIn];
+      gradients_at_points<kOut>(w, t, k, points);
+      float* to = m + k / kColumns * w.m_panel + k % kColumns;
 #pragma GCC unroll 6
       for (int i = 0; i < kIn; ++i) {
 #pragma GCC unroll 6
-        for (int j = 0; j < kIn; ++j) {
-          V values[kDepth];
-          for (int d = 0; d < kDepth; ++d) values[d] = points[d][i][j];
-          store(to + (i * kIn + j) * w.m_point, join(values));
-        }
+        for (int j = 0; j < kIn; ++j) store(to + (i * kIn + j) * w.m_point, points[i][j]);
       }
     }
   }
 }
 
 // The taps [tap][channel][kTileColumns] of one panel of dU.
-template <int kTaps, class T>
-void transform_sums(const Sums<T>& w, const float* u, float* taps) {
-  constexpr int kIn = kWinogradIn<T>;
+template <int kTaps>
+void transform_sums(const Sums& w, const float* u, float* taps) {
   const int64_t channels = w.gather.channels;
   for (int64_t c = 0; c < channels; ++c) {
     for (int j = 0; j < kTileVectors; ++j) {
@@ -125,37 +118,33 @@ void transform_sums(const Sums<T>& w, const float* u, float* taps) {
   }
 }
 
-template <class T>
-void multiply_point(const Sums<T>& w, int64_t point, int64_t panel, const PairOf<T>* v, const PairOf<T>* m,
+void multiply_point(const Sums& w, int64_t point, int64_t panel, const float* v, const float* m,
                     int64_t tiles, float* u, bool accumulate) {
-  using E = PairOf<T>;
   v += point * w.v_point;
   m += point * w.m_point + panel * w.m_panel;
   u += point * w.u_point;
   const int64_t channels = w.gather.channels, columns = w.outputs - panel * kColumns;
   for (int64_t c = 0; c < channels; c += kTileRows) {
-    find_tile<E>(TileOperand::kRowContiguous, min64(channels - c, kTileRows), columns)(
-        v + c, w.v_tile, m, operands<E>(tiles), {u + c * kColumns, kColumns, nullptr, accumulate, false});
+    find_tile<float>(TileOperand::kRowContiguous, min64(channels - c, kTileRows), columns)(
+        v + c, w.v_tile, m, tiles, {u + c * kColumns, kColumns, nullptr, accumulate, false});
   }
 }
 
 // V and M of tiles [begin, begin + count).
-template <int kTaps, class T>
-void transform_block(const Sums<T>& w, int64_t begin, int64_t count, PairOf<T>* v, PairOf<T>* m) {
+template <int kTaps>
+void transform_block(const Sums& w, int64_t begin, int64_t count, float* v, float* m) {
   winograd_inputs(w.gather, begin, begin + count, v, w.v_point, w.v_tile);
-  transform_gradients<winograd_out<T>(kTaps)>(w, begin, begin + count, m);
+  transform_gradients<winograd_out<float>(kTaps)>(w, begin, begin + count, m);
 }
 
-template <class T>
-PairOf<T>* block_workspace(const Sums<T>& w) {
-  return workspace<PairOf<T>>(Workspace::kShared, kWinogradPoints<T> * (w.v_point + w.m_point));
+float* block_workspace(const Sums& w) {
+  return workspace<float>(Workspace::kShared, kPoints * (w.v_point + w.m_point));
 }
 
 // The sums of tiles [begin, end).
-template <int kTaps, class T>
-void chunk_sums(const Sums<T>& w, int64_t begin, int64_t end, float* u) {
-  constexpr int64_t kPoints = kWinogradPoints<T>;
-  PairOf<T>*v = block_workspace(w), *m = v + kPoints * w.v_point;
+template <int kTaps>
+void chunk_sums(const Sums& w, int64_t begin, int64_t end, float* u) {
+  float *v = block_workspace(w), *m = v + kPoints * w.v_point;
   for (int64_t at = begin; at < end; at += w.block) {
     const int64_t tiles = min64(w.block, end - at);
     transform_block<kTaps>(w, at, tiles, v, m);
@@ -166,32 +155,28 @@ void chunk_sums(const Sums<T>& w, int64_t begin, int64_t end, float* u) {
 }
 
 // Chunks [first, last) of those.
-template <int kTaps, class T>
-void chunks_sums(const Sums<T>& w, int64_t first, int64_t last, float* u) {
-  constexpr int64_t kDepth = kDepthOf<PairOf<T>>;
-  const int64_t rows = operands<PairOf<T>>(w.tiles);
+template <int kTaps>
+void chunks_sums(const Sums& w, int64_t first, int64_t last, float* u) {
   for (int64_t i = first; i < last; ++i) {
-    chunk_sums<kTaps>(w, rows * i / w.chunks * kDepth, min64(w.tiles, rows * (i + 1) / w.chunks * kDepth),
-                      u + i * w.u_chunk);
+    chunk_sums<kTaps>(w, w.tiles * i / w.chunks, w.tiles * (i + 1) / w.chunks, u + i * w.u_chunk);
   }
 }
 
 // From a panel's sums to its place in dweight.
-template <int kTaps, class T>
-void finish_panel(const Sums<T>& w, int64_t panel, const float* u) {
+template <int kTaps>
+void finish_panel(const Sums& w, int64_t panel, const float* u) {
   const int64_t channels = w.gather.channels, filter = kTaps * kTaps * w.channels;
   float* taps = workspace<float>(Workspace::kC, kTaps * kTaps * channels * kColumns);
   transform_sums<kTaps>(w, u, taps);
-  T* to = w.dweight + panel * kColumns * filter;
+  float* to = w.dweight + panel * kColumns * filter;
   for (int tap = 0; tap < kTaps * kTaps; ++tap, taps += channels * kColumns, to += w.channels) {
     unpack_panel_transposed(taps, w.outputs - panel * kColumns, channels, to, filter);
   }
 }
 
 // All of a part, by one thread.
-template <int kTaps, class T>
-void part_weight_grad(const Sums<T>& w) {
-  constexpr int64_t kPoints = kWinogradPoints<T>;
+template <int kTaps>
+void part_weight_grad(const Sums& w) {
   if (w.chunks > 1 || w.tiles > w.block) {
     float* u = workspace<float>(Workspace::kD, w.chunks * w.u_chunk);
     chunks_sums<kTaps>(w, 0, w.chunks, u);
@@ -200,7 +185,7 @@ void part_weight_grad(const Sums<T>& w) {
   }
   // A panel's sums are done with at once, and stay in cache.
   float* u = workspace<float>(Workspace::kD, w.u_panel);
-  PairOf<T>*v = block_workspace(w), *m = v + kPoints * w.v_point;
+  float *v = block_workspace(w), *m = v + kPoints * w.v_point;
   transform_block<kTaps>(w, 0, w.tiles, v, m);
   for (int64_t panel = 0; panel < w.panels; ++panel) {
     for (int64_t point = 0; point < kPoints; ++point)
@@ -209,8 +194,8 @@ void part_weight_grad(const Sums<T>& w) {
   }
 }
 
-template <int kTaps, class T>
-void group_weight_grad(const Sums<T>& w) {
+template <int kTaps>
+void group_weight_grad(const Sums& w) {
   if (w.chunks > 1 && w.chunks >= num_threads()) {
     float* u = workspace<float>(Workspace::kD, w.chunks * w.u_chunk);
     parallel_for(w.chunks, 1, [&](int64_t first, int64_t last) { chunks_sums<kTaps>(w, first, last, u); });
@@ -231,51 +216,45 @@ void group_weight_grad(const Sums<T>& w) {
   });
 }
 
-template <class T>
-void weight_grad_of(const Conv2dParams& p) {
-  constexpr int64_t kPoints = kWinogradPoints<T>, kDepth = kDepthOf<PairOf<T>>;
+}  // namespace
+
+void weight_grad_winograd(const Conv2dParams& p) {
+#if defined(CUDA_CNN_HAS_PAIRS)
+  if (p.dtype == DType::kBFloat16) return weight_grad_winograd_rows(p);
+#endif
   const int64_t channels = p.C / p.groups, outputs = p.K / p.groups;
-  Sums<T> w{forward_gather<T>(p),
-            static_cast<const T*>(p.dy),
-            static_cast<T*>(p.dweight),
-            channels,
-            p.y_pixel,
-            outputs,
-            ceil_div(outputs, kColumns),
-            winograd_tiles(forward_gather<T>(p), p.N)};
+  Sums w{forward_gather<float>(p),
+         static_cast<const float*>(p.dy),
+         static_cast<float*>(p.dweight),
+         channels,
+         p.y_pixel,
+         outputs,
+         ceil_div(outputs, kColumns),
+         winograd_tiles(forward_gather<float>(p), p.N)};
   w.lay_out();
   // A chunk's sums, points * channels * columns, are not to outweigh its V and M, points * tiles * (channels
   // + columns), and those of all stay in a cache.
   const int64_t columns = w.panels * kColumns;
-  const int64_t least = max64(kTileRows, channels * columns / (channels + columns)) * kDepth;
+  const int64_t least = max64(kTileRows, channels * columns / (channels + columns));
   const int64_t most = min64(w.tiles / least, kAllSums / w.u_chunk);
   for (w.chunks = 1; w.chunks < 8 && 2 * w.chunks <= most;) w.chunks *= 2;
   // V and M of a block stay in L2, of 1 MiB, or without chunks in two; but dU passes through memory for each
   // block, so they are not too short.
-  const int64_t row_bytes = kPoints * 4 * (w.v_tile + columns), rows = ceil_div(w.tiles, kDepth * w.chunks);
-  const int64_t fits =
-      w.chunks > 1 ? max64(28, 1048576 / row_bytes) : max64(112 / kDepth, 2097152 / row_bytes);
-  w.block = ceil_div(rows, ceil_div(rows, fits)) * kDepth;
+  const int64_t row_bytes = kPoints * 4 * (w.v_tile + columns), tiles = ceil_div(w.tiles, w.chunks);
+  const int64_t fits = w.chunks > 1 ? max64(28, 1048576 / row_bytes) : max64(112, 2097152 / row_bytes);
+  w.block = ceil_div(tiles, ceil_div(tiles, fits));
   w.lay_out();
   for (int64_t group = 0; group < p.groups; ++group) {
-    Sums<T> of_group = w;
+    Sums of_group = w;
     of_group.gather = w.gather.of_group(group);
     of_group.dy += group * outputs;
     of_group.dweight += group * outputs * p.R * p.S * channels;
-    if constexpr (kWinogradIn<T> == 6) {
-      if (p.R == 5) {
-        group_weight_grad<5>(of_group);
-        continue;
-      }
+    if (p.R == 5) {
+      group_weight_grad<5>(of_group);
+    } else {
+      group_weight_grad<3>(of_group);
     }
-    group_weight_grad<3>(of_group);
   }
-}
-
-}  // namespace
-
-void weight_grad_winograd(const Conv2dParams& p) {
-  with_winograd_type(p.dtype, [&](auto type) { weight_grad_of<decltype(type)>(p); });
 }
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA
