@@ -77,6 +77,9 @@ void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t
   // A whole row of taps is one run of memory where neighbouring taps are neighbouring pixels.
   const bool joined = g.tap_w == 1 && g.pixel == g.channels && !mapped && depth_begin % row_depth == 0 &&
                       depth % row_depth == 0;
+  const bool narrow = row_depth <= kLanes<T>;
+  const int64_t first_row = first_tap / g.S * g.tap_h,
+                last_row = first_row + (depth / row_depth - 1) * g.tap_h;
 
   int64_t q = position % g.Q, p = position / g.Q % g.P, n = position / (g.Q * g.P);
   for (int64_t i = 0; i < count; ++i, out += step) {
@@ -86,6 +89,27 @@ void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t
     int64_t r = first_tap / g.S, s = first_tap % g.S;
     if (joined) {
       const bool inside = w0 >= 0 && w0 + g.S <= g.W;
+      // Short rows are a vector each, for all the positions whose taps are inside the image.
+      if (narrow && inside && h0 + first_row >= 0 && h0 + last_row < g.H) {
+        const T* from = image + ((h0 + first_row) * g.W + w0) * g.pixel;
+        const int64_t to_end = end - kLanes<T> - from - (last_row - first_row) * g.W * g.pixel;
+        const int64_t length = min64(min64(count - i, (g.W - g.S - w0) / g.stride_w + 1),
+                                     min64(g.Q - q, to_end < 0 ? 0 : to_end / (g.stride_w * g.pixel) + 1));
+        if (length > 0) {
+          for (int64_t k = 0; k < length; ++k, out += step, from += g.stride_w * g.pixel) {
+            const T* row = from;
+            for (int64_t d = 0; d < depth; d += row_depth, row += g.tap_h * g.W * g.pixel) {
+              copy_vector(row, out + d);
+            }
+          }
+          i += length - 1, q += length - 1, out -= step;
+          if (++q == g.Q) {
+            q = 0;
+            if (++p == g.P) p = 0, ++n;
+          }
+          continue;
+        }
+      }
       int64_t h = h0 + r * g.tap_h, at = (h * g.W + w0) * g.pixel;
       for (int64_t d = 0; d < depth; d += row_depth, h += g.tap_h, at += g.tap_h * g.W * g.pixel) {
         if (h < 0 || h >= g.H) {

@@ -26,6 +26,7 @@ constexpr int64_t kBlockPixels = 64;
 constexpr int64_t kBlockPixelsNchw =
     192;                              // both operands are packed: longer chains write sums back less often
 constexpr int64_t kRangeDepth = 448;  // x's block: 64 * 448 * 4 bytes = 112 KiB, a quarter of a small L2
+constexpr int64_t kRowsAtOnce = 16;   // of x, packed before they are paired: 14 KiB
 constexpr int64_t kTasks = 8;
 constexpr int64_t kWorthATask = 200000;  // multiply-adds
 
@@ -96,16 +97,16 @@ void pack_x(const WeightGradTask<T>& t, int64_t pixel, int64_t count, E* packed,
 #if defined(CUDA_CNN_HAS_PAIRS)
     const int64_t d_count = t.d_end - t.d_begin;
     const bool plain = t.gather.template is_matrix<BFloat16>();
-    T* rows = plain ? nullptr : workspace<T>(Workspace::kD, 2 * step);
+    T* rows = plain ? nullptr : workspace<T>(Workspace::kD, kRowsAtOnce * step);
     for (int64_t i = 0; i < count; i += 2, packed += step) {
-      const bool both = i + 1 < count;
-      const T *even = rows, *odd = rows + step;
+      const int64_t at = i % kRowsAtOnce;
+      const T* even = rows + at * step;
       if (plain) {
-        even = t.gather.source + (pixel + i) * t.gather.pixel + t.d_begin, odd = even + t.gather.pixel;
-      } else {
-        pack_positions(t.gather, pixel + i, both ? 2 : 1, t.d_begin, t.d_end, rows, step);
+        even = t.gather.source + (pixel + i) * t.gather.pixel + t.d_begin;
+      } else if (at == 0) {
+        pack_positions(t.gather, pixel + i, min64(count - i, kRowsAtOnce), t.d_begin, t.d_end, rows, step);
       }
-      pack_pairs(even, both ? odd : nullptr, d_count, packed);
+      pack_pairs(even, i + 1 < count ? even + (plain ? t.gather.pixel : step) : nullptr, d_count, packed);
     }
 #endif
   }

@@ -1,7 +1,7 @@
-// Weight gradient of 3x3 filters in pairs of bfloat16: Winograd's F(2,3), transposed, along rows, and a direct
-// sum down columns. That takes two thirds of a direct sum's products, and the operands, rounded once more at
-// the points, are sums of two there: the error is 1.9 times a direct sum's in the mean square. (Along both axes
-// it would be 4/9 of the products, and the largest error 2.5 times as large instead of 2.0.)
+// Weight gradient of 3x3 filters in pairs of bfloat16: Winograd's F(2,3), transposed, along rows, and a
+// direct sum down columns. That takes two thirds of a direct sum's products, and the operands, rounded once
+// more at the points, are sums of two there: the error is 1.9 times a direct sum's in the mean square. (Along
+// both axes it would be 4/9 of the products, and the largest error 2.5 times as large instead of 2.0.)
 //   for a range of x's channels, a part of dy's panels and a chunk of dy's rows (a task)
 //     for a block of rows
 //       V: the rows of x that they meet, at four points; M: they themselves; pairs are of tiles, 1x2 of dy
