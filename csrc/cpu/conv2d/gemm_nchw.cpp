@@ -21,6 +21,7 @@ constexpr int64_t kLongChain = 256;  // products summed in registers before they
 constexpr int64_t kPackDepth = 32;
 constexpr int64_t kPackGrain = 65536;  // elements whose packing is worth a second thread
 constexpr int64_t kSmall = 200000;     // multiply-adds that are not worth a second thread
+constexpr int64_t kSetsBytes = 4096;   // rows so far apart, or a multiple of it, share a set of L1: 8 lines
 
 // A tile of transposed weights: [depth][kTileRows], and room for a vector.
 template <class T>
@@ -89,16 +90,23 @@ struct PlanesProduct {
     const int64_t panel_step = (depth + 1) * kColumns;
     const int64_t chain = ceil_div(depth, ceil_div(depth, kLongChain));
     const TileOperand operand = packed_rows ? TileOperand::kRowContiguous : TileOperand::kDepthContiguous;
-    const int64_t a_step = packed_rows ? kTileRows : depth, depth_step = packed_rows ? kTileRows : 1;
+    const bool crowded = !packed_rows && kTileRows > 8 && depth * sizeof(Acc) % kSetsBytes == 0;
+    const int64_t spaced = chain + kLanes<Acc>;  // between rows that are copied for that
+    const int64_t a_step = packed_rows ? kTileRows : crowded ? spaced : depth;
     Acc* packed = workspace<Acc>(Workspace::kA, panels * panel_step);
     Acc* sums = workspace<Acc>(Workspace::kB, panels * kGroupTiles * kTileRows * kColumns);
     pack_planes(planes_of_group(gather, group), gather.source + N * gather.pixel * gather.H * gather.W,
                 position, count, 0, depth, {packed, kColumns, kColumns, panel_step});
     const int64_t group_rows = kGroupTiles * kTileRows;
+    Acc* copied = workspace<Acc>(Workspace::kC, group_rows * spaced);
     for (int64_t first = row_begin; first < row_end; first += group_rows) {
       const int64_t last = min64(first + group_rows, row_end);
       for (int64_t d = 0; d < depth; d += chain) {
         const bool ends = d + chain >= depth;
+        for (int64_t row = first; crowded && row < last; ++row) {
+          memcpy(copied + (row - first) * spaced, weights + (group * rows + row) * depth + d,
+                 min64(chain, depth - d) * sizeof(Acc));
+        }
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t at = position + panel * kColumns, columns = min64(count - panel * kColumns, kColumns);
           const bool direct =
@@ -107,12 +115,14 @@ struct PlanesProduct {
           if (direct) c.c = reinterpret_cast<Acc*>(place(group * rows + first, at)), c.step = planes();
           for (int64_t row = first; row < last; row += kTileRows, c.c += kTileRows * c.step) {
             const int64_t row_count = min64(last - row, kTileRows), channel = group * rows + row;
-            const Acc* a = packed_rows ? weights + (group * ceil_div(rows, kTileRows) + row / kTileRows) *
-                                                       packed_tile<T>(depth)
-                                       : weights + channel * depth;
+            const Acc* a = weights + channel * depth + d;
+            if (crowded) a = copied + (row - first) * spaced;
+            if (packed_rows) {
+              a = weights + (group * ceil_div(rows, kTileRows) + row / kTileRows) * packed_tile<T>(depth) +
+                  d * kTileRows;
+            }
             c.row_bias = bias && ends ? bias + channel : nullptr;
-            find_tile<Acc>(operand, row_count, columns)(a + d * depth_step, a_step,
-                                                        packed + panel * panel_step + d * kColumns,
+            find_tile<Acc>(operand, row_count, columns)(a, a_step, packed + panel * panel_step + d * kColumns,
                                                         min64(chain, depth - d), c);
             if (ends && !direct) scatter(c.c, channel, row_count, at, columns);
           }
