@@ -5,6 +5,7 @@ from cuda_cnn import _extension  # noqa: F401  (first: it checks the build, load
 # isort: split
 from cuda_cnn import backends, functional, nn, reference
 from cuda_cnn._build_info import build_info as _build_info
+from cuda_cnn._C import empty_cache
 from cuda_cnn.convert import convert, revert
 from cuda_cnn.explain import explain
 from cuda_cnn.fuse import fuse, unfuse
@@ -18,6 +19,7 @@ __all__ = [
     "convert",
     "create_model",
     "disable",
+    "empty_cache",
     "enable",
     "explain",
     "functional",

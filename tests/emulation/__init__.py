@@ -147,7 +147,7 @@ def emulated_operators() -> set[str]:
 @functools.cache
 def torch_engine() -> Engine:
     """The engine of the library torch.ops.cuda_cnn_emulated; raises Unavailable where there can be none."""
-    names = emulated_operators()
+    names = {*emulated_operators(), "allocate"}
     bindings = [path for path in sorted((ROOT / "csrc/ops").rglob("*.cpp")) if path.stem in names]
     bindings += [Path(__file__).with_name(name) for name in ("allocator.cpp", "faked.cpp")]
     path = build(f"operators-{torch.__version__}", sorted((ROOT / "csrc/cuda").rglob("*.cu")), bindings)
