@@ -108,20 +108,21 @@ def assert_same(plain, fused, x, **tolerance):
         torch.testing.assert_close(q, p, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_same_numbers_in_every_mode(name, layout):
+def test_same_numbers_in_every_mode(name, layout, recompute):
     plain = build(name)
     fused = copy.deepcopy(plain).to(memory_format=layout)
     x = images().contiguous(memory_format=layout)
-    report = cuda_cnn.fuse(fused)
+    report = cuda_cnn.fuse(fused, recompute=recompute)
     assert report.mode == "training" and report.fused and not report.left
     assert_same(plain, fused, x)
     assert_same(plain.eval(), fused.eval(), x)
     with torch.no_grad():
         torch.testing.assert_close(fused(x), plain(x))
         torch.testing.assert_close(fused(x), plain(x))  # with what was kept from the first call
-    assert cuda_cnn.fuse(fused).mode == "inference"
+    assert cuda_cnn.fuse(fused, recompute=recompute).mode == "inference"
     assert_same(plain.train(), fused.train(), x)
     for module in (*plain.modules(), *fused.modules()):  # fine-tuning: statistics stay, the rest trains
         if isinstance(module, nn.BatchNorm2d):
@@ -242,11 +243,12 @@ def test_layers_that_nobody_reads_and_sums_in_place():
     assert fused[0].unread.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("name", ["bottlenecks", "dense"])
-def test_second_derivatives(name):
+def test_second_derivatives(name, recompute):
     plain = build(name)
     fused = copy.deepcopy(plain)
-    cuda_cnn.fuse(fused)
+    cuda_cnn.fuse(fused, recompute=recompute)
 
     def penalty(model):
         x = images(batch=2, side=12).requires_grad_()
@@ -300,11 +302,12 @@ def test_a_tracer_a_transform_and_a_compiler_see_the_model_itself():
     torch.testing.assert_close(torch.vmap(lambda image: model(image[None])[0])(x), expected)
 
 
-def test_autocast():
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+def test_autocast(recompute):
     model = build("bottlenecks", dtype=torch.float32)
     x = images(torch.float32)
     fused = copy.deepcopy(model)
-    cuda_cnn.fuse(fused)
+    cuda_cnn.fuse(fused, recompute=recompute)
     for train in (True, False):
         model.train(train), fused.train(train)
         with torch.autocast("cpu", torch.bfloat16):
@@ -353,5 +356,16 @@ def test_a_training_step_keeps_at_most_60_percent(name):
         model = cuda_cnn.create_model(name)
         cuda_cnn.fuse(model)
         fused = kept_bytes(model, x)
+        cuda_cnn.fuse(model, recompute=False)
+        kept = kept_bytes(model, x)
     assert fused > 2**20
-    assert fused <= 0.6 * min(eager)
+    assert fused <= 0.6 * min(eager) and fused < kept <= min(eager)
+
+
+def test_a_network_that_keeps_its_maps_can_recompute_them_later():
+    model = build("bottlenecks")
+    kept = {row.layer: row.what for row in cuda_cnn.fuse(model, recompute=False).fused}
+    again = {row.layer: row.what for row in cuda_cnn.fuse(copy.deepcopy(model), recompute=False).fused}
+    recomputed = {row.layer: row.what for row in cuda_cnn.fuse(model).fused}
+    assert kept == again and kept["4.bn1"] == "one pass with what follows, kept"
+    assert recomputed["4.bn1"] == "on the load of the next convolution"

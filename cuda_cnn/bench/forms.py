@@ -56,13 +56,15 @@ def build(form: str, model: nn.Module, training: bool, device: str = "cpu") -> C
         torch._dynamo.reset()
         frozen = device == "cpu" and not training
         return torch.compile(plain(model), options=compile_options(device, frozen, form != "compile"))
-    if form == "fused":
+    if form in ("fused", "fused:recompute"):
         if importlib.util.find_spec("cuda_cnn.fuse") is None:
             raise UnavailableError("cuda_cnn.fuse is not available in this version")
         from cuda_cnn.fuse import fuse
 
+        if form != "fused" and not training:
+            raise UnavailableError("in inference nothing is kept that could be recomputed")
         network = copy.deepcopy(model)
-        fuse(network)
+        fuse(network, recompute=form != "fused")
         return network
     raise ValueError(f"unknown form {form!r}: {', '.join(FORMS)}")
 

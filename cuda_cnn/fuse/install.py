@@ -29,8 +29,8 @@ class FusedForward:
     Copies and pickles hold no graph: it is traced again when it is needed.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, recompute: bool) -> None:
+        self.module, self.recompute = module, recompute
         self.plans: dict[tuple, tuple[nn.Module | None, Report]] = {}
         self.last: tuple | None = None
 
@@ -44,7 +44,7 @@ class FusedForward:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def __getstate__(self) -> dict:
-        return {"module": self.module, "plans": {}, "last": None}
+        return {"module": self.module, "recompute": self.recompute, "plans": {}, "last": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not _plain(args, kwargs):
@@ -73,11 +73,11 @@ class FusedForward:
         if state not in self.plans:
             while len(self.plans) >= _PLANS:
                 self.plans.pop(next(iter(self.plans)))
-            self.plans[state] = _plan(self.module)
+            self.plans[state] = _plan(self.module, self.recompute)
         return self.plans[state]
 
 
-def _plan(module: nn.Module) -> tuple[nn.Module | None, Report]:
+def _plan(module: nn.Module, recompute: bool) -> tuple[nn.Module | None, Report]:
     try:
         with _without_fused_forwards(module):
             graph, opaque = trace(module)
@@ -85,7 +85,7 @@ def _plan(module: nn.Module) -> tuple[nn.Module | None, Report]:
         report = Report("training" if module.training else "inference")
         report.left.append(Row("", f"it cannot be traced ({reason})"))
         return None, report
-    rewriter = Rewriter(module, graph, opaque)
+    rewriter = Rewriter(module, graph, opaque, recompute)
     return fx.GraphModule(module, rewriter.run()), rewriter.report
 
 
@@ -166,7 +166,7 @@ def is_fused(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), FusedForward)
 
 
-def fuse(model: nn.Module) -> Report:
+def fuse(model: nn.Module, *, recompute: bool = True) -> Report:
     """Lets a network run with batch normalisation, ReLU and sums inside its convolutions.
 
     In place, and only `forward` of the model changes: modules, parameters, buffers, `state_dict`, hooks on the model
@@ -181,32 +181,38 @@ def fuse(model: nn.Module) -> Report:
     Args:
         model: any network; layers that are exactly `torch.nn`'s (or this package's, or timm's BatchNormAct2d) are
             fused. A layer with hooks is left alone, so is what cannot be traced: its parts are tried one by one.
+        recompute: of training. True: normalised maps are not kept for the backward pass, which needs about half the
+            memory. False: a batch normalisation of a convolution is one pass with its sum and ReLU, whose result is
+            kept as torch keeps it; on a CPU that is faster. Dense blocks are the same either way.
 
     Returns:
         Report: what was fused and what was not, and why, for the mode that the model is in. A second call gives it
-        again.
+        again, with its own `recompute`.
 
     Under `torch.compile`, `torch.export`, `torch.func` and fx the model's own forward runs. `unfuse(model)` undoes it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: expected model to be a torch.nn.Module, got {type(model).__name__}")
     if is_fused(model):
+        for part in model.modules():
+            if is_fused(part) and part.forward.recompute != recompute:
+                part.forward = FusedForward(part, recompute)
         return _report(model)
     if "forward" in model.__dict__:
         report = Report("training" if model.training else "inference")
         report.left.append(Row("", "its forward is replaced"))
         return report
-    model.forward = FusedForward(model)
+    model.forward = FusedForward(model, recompute)
     run, report = model.forward.plan()
     if run is None:
         del model.forward
         for name, child in model.named_children():
-            report.add(fuse(child), name)
+            report.add(fuse(child, recompute=recompute), name)
         return report
     for row in list(report.left):
         part = model.get_submodule(row.layer) if row.layer and _is_module(model, row.layer) else None
         if part is not None and any(part.children()) and "replaced" not in row.what:
-            report.add(fuse(part), row.layer)
+            report.add(fuse(part, recompute=recompute), row.layer)
     return report
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cuda_cnn import functional as F
 from cuda_cnn.models.densenet import _Append
+from cuda_cnn.nn import BatchNorm2d
 from cuda_cnn.ops import _library
 from cuda_cnn.ops.conv2d_fused import accumulator
 from cuda_cnn.ops.conv2d_norm import conv2d_norm
@@ -241,6 +242,14 @@ def conv_norm(
     )
     follow(norm, z, mean, var)
     return z
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    """relu(norm(x) + residual) by the batch's statistics, kept for the backward pass."""
+    x = _nhwc(x)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        return _sum(BatchNorm2d.forward(norm, x), residual, relu)
+    return BatchNorm2d.forward(norm, x, residual, relu=relu)
 
 
 def apply(

@@ -37,7 +37,8 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Pending:
-    """relu(scale · core + shift + residual), each of them perhaps missing; core may be a Convolution."""
+    """relu(scale · core + shift + residual), each of them perhaps missing; core may be a Convolution. Or a batch
+    normalisation that is a pass of its own in the place of scale and shift."""
 
     core: fx.Node | Convolution
     scale: fx.Node | None = None
@@ -45,6 +46,7 @@ class Pending:
     residual: Value | None = None
     relu: bool = False
     on_load: bool = False  # every reader is a convolution that can apply scale, shift and ReLU itself
+    norm: fx.Node | None = None
 
     @property
     def open(self) -> bool:
@@ -56,7 +58,8 @@ Value = fx.Node | Pending
 
 
 class Rewriter:
-    def __init__(self, root: nn.Module, graph: fx.Graph, opaque: dict[str, str]) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, opaque: dict[str, str], recompute: bool) -> None:
+        self.recompute = recompute
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.old, self.new = graph, fx.Graph()
         self.values: dict[fx.Node, Value] = {}
@@ -220,7 +223,8 @@ class Rewriter:
     def convolution(self, node: fx.Node) -> Value:
         module, value = self.module_of(node), self.values[node.args[0]]
         norm = self.only_reader(node)
-        if norm is None or not self.is_norm(norm) or not self.uses_batch(self.module_of(norm)):
+        batch = norm is not None and self.is_norm(norm) and self.uses_batch(self.module_of(norm))
+        if not batch or not self.recompute:
             return Pending(Convolution(node, value))
         if not self.read_by_convolutions(norm) and self.is_pointwise(module):
             return Pending(Convolution(node, value))
@@ -255,9 +259,10 @@ class Rewriter:
 
     def norm(self, node: fx.Node) -> Value:
         module, value = self.module_of(node), self.values[node.args[0]]
-        relu = self.rectifies(node)
+        relu, kept = self.rectifies(node), self.uses_batch(module) and not self.recompute
         if (
-            isinstance(value, Pending)
+            not kept
+            and isinstance(value, Pending)
             and isinstance(value.core, Convolution)
             and value.core.norm is None
             and value.open
@@ -268,6 +273,9 @@ class Rewriter:
             )
             return Pending(replace(value.core, norm=node), relu=relu)
         x = self.tensor(value)
+        if kept and x not in self.statistics:
+            self.fused(node, "one pass with what follows, kept")
+            return Pending(x, norm=self.attribute(node), relu=relu)
         if self.uses_batch(module):
             vectors = self.call(layers.normalise, self.attribute(node), x, *self.statistics_of(x))
         else:
@@ -330,6 +338,8 @@ class Rewriter:
     def make(self, value: Pending) -> fx.Node:
         residual = None if value.residual is None else self.tensor(value.residual)
         tail = (residual, value.relu)
+        if value.norm is not None:
+            return self.call(layers.batch_norm, value.core, value.norm, *tail)
         if isinstance(value.core, fx.Node):
             return self.call(layers.apply, value.core, value.scale, value.shift, *tail)
         conv = value.core
