@@ -190,6 +190,8 @@ class _Watcher(TorchDispatchMode):
         if name == "_to_copy" and output.dtype != args[0].dtype:
             self.casts.append((f"{_short(args[0].dtype)}→{_short(output.dtype)}", _bytes(output)))
         elif space == "cuda_cnn" and name not in ("conv2d_algorithm", "conv2d_cuda_kernel", "conv2d_pack"):
+            if name == "conv2d_packed_":  # into a dense block's buffer
+                name, (output, *args) = "conv2d_packed", args
             if name == "conv2d_packed":  # the same call, of weights that inference has packed before
                 x, weight, _, *rest = args
                 name, args = "conv2d_fused", (x, weight, *rest[:6], False, *rest[6:])

@@ -279,6 +279,11 @@ def test_packed_weights_give_the_same_bits(case, dtype):
             for other in packed:
                 arguments = (x, weight, other, bias, scale, shift, in_relu, added, out_relu)
                 assert_bitwise(ops.conv2d_packed(*arguments, *geometry), expected)
+                wide = torch.full((len(x), weight.shape[0] + 3, *expected.shape[2:]), 7.0, dtype=dtype)
+                wide = wide.contiguous(memory_format=torch.channels_last)
+                ops.conv2d_packed_(wide[:, 2:-1], *arguments, *geometry)
+                assert_bitwise(wide[:, 2:-1].contiguous(), expected.contiguous())
+                assert (wide[:, :2] == 7).all() and (wide[:, -1] == 7).all()
             if weight.numel():
                 pairs = packed[-1].dtype == torch.int32
                 values = packed[-1].view(dtype) if pairs else packed[-1].to(dtype)
@@ -299,6 +304,15 @@ def test_bad_packed_weights():
         RuntimeError, match="conv2d_packed: expected conv2d_pack's result for a weight of shape"
     ):
         ops.conv2d_packed(torch.randn(2, 3, 5, 5), weight, packed.double(), *rest)
+    x, wide = torch.randn(2, 3, 5, 5), torch.zeros(2, 6, 3, 3)
+    for out, message in (
+        (wide[:, :4], "expected out to be channels of a channels_last tensor, got strides"),
+        (wide.contiguous(memory_format=torch.channels_last)[:, :3], r"expected out of shape \[2, 4, 3, 3\]"),
+        (wide[:, :4].double(), "expected out"),
+        (wide[0], "expected out of 4 dimensions"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.conv2d_packed_(out, x, weight, packed, *rest)
     with pytest.raises(RuntimeError, match="conv2d_packed: expected packed of 3 dimensions"):
         ops.conv2d_packed(torch.randn(2, 3, 5, 5), weight, packed[0], *rest)
     with pytest.raises(

@@ -60,14 +60,27 @@ at::Tensor rows_of(const OptionalTensor& tensor, int64_t* pixel) {
 
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-ThreeTensors fused(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& packed,
-                   const OptionalTensor& bias, const OptionalTensor& in_scale, const OptionalTensor& in_shift,
-                   bool in_relu, const OptionalTensor& residual, bool out_relu, bool want_stats,
-                   const Geometry& geometry) {
+// Whether y can be written into `out`, which may be some channels of a wider map, and how far apart its
+// pixels lie.
+int64_t check_out(const char* op, const at::Tensor& out, const at::Tensor& x, at::IntArrayRef shape) {
+  check_like(op, "out", out, x);
+  TORCH_CHECK(out.sizes() == shape, op, ": expected out of shape ", shape, ", got ", out.sizes());
+  int64_t pixel = 0;
+  TORCH_CHECK(out.numel() == 0 || to_nhwc(out, &pixel).is_same(out), op,
+              ": expected out to be channels of a channels_last tensor, got strides ", out.strides());
+  return pixel;
+}
+
+// y, into `out` where one is given, and its statistics.
+ThreeTensors fused(const at::Tensor& out, const at::Tensor& x, const at::Tensor& weight,
+                   const at::Tensor& packed, const OptionalTensor& bias, const OptionalTensor& in_scale,
+                   const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& residual,
+                   bool out_relu, bool want_stats, const Geometry& geometry) {
   check_operands(x, weight, bias, geometry);
   check_prologue(in_scale, in_shift, x);
   Conv2dParams p = make_params(x, x.sizes(), weight.sizes(), geometry);
-  at::Tensor y = empty_nhwc({p.N, p.K, p.P, p.Q}, x.options(), true);
+  if (out.defined()) p.y_pixel = check_out("conv2d_packed_", out, x, {p.N, p.K, p.P, p.Q});
+  const at::Tensor y = out.defined() ? out : empty_nhwc({p.N, p.K, p.P, p.Q}, x.options(), true);
   if (residual) {
     check_like(kOp, "residual", *residual, x);
     check_same_shape(kOp, "residual", *residual, y);
@@ -100,7 +113,7 @@ ThreeTensors conv2d_fused(const at::Tensor& x, const at::Tensor& weight, const O
                           const OptionalTensor& residual, bool out_relu, bool want_stats,
                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                           int64_t groups) {
-  return fused(x, weight, {}, bias, in_scale, in_shift, in_relu, residual, out_relu, want_stats,
+  return fused({}, x, weight, {}, bias, in_scale, in_shift, in_relu, residual, out_relu, want_stats,
                {stride, padding, dilation, groups, kOp});
 }
 
@@ -144,33 +157,49 @@ at::Tensor conv2d_pack(const at::Tensor& weight, int64_t groups) {
   return packed;
 }
 
-// conv2d_fused's y, without derivatives, with the weight also packed. One that another instruction set has
-// packed has other columns or another type, and is passed over.
+// The packed weight, checked; none where another instruction set has packed it, with other columns or another
+// type.
+at::Tensor usable(const at::Tensor& packed, const at::Tensor& x, const at::Tensor& weight, int64_t groups) {
+  constexpr const char* kPacked = "conv2d_packed";
+  const Conv2dParams p = packing(weight, groups);
+  const std::vector<int64_t> shape = packed_shape(p);
+  const at::ScalarType type = packed_type(weight, p);
+  check_dim(kPacked, "packed", packed, 3);
+  if (packed.size(2) != shape[2] ||
+      (packed.scalar_type() != type && (packed.scalar_type() == at::kInt || type == at::kInt))) {
+    return {};
+  }
+  TORCH_CHECK(x.is_cpu() && packed.is_cpu() && packed.scalar_type() == type && packed.is_contiguous() &&
+                  packed.sizes() == at::IntArrayRef(shape),
+              kPacked, ": expected conv2d_pack's result for a weight of shape ", weight.sizes(), ", got ",
+              packed.scalar_type(), " of shape ", packed.sizes(), " on ", packed.device());
+  return packed;
+}
+
+// conv2d_fused's y, without derivatives, with the weight also packed.
 at::Tensor conv2d_packed(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& packed,
                          const OptionalTensor& bias, const OptionalTensor& in_scale,
                          const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& residual,
                          bool out_relu, at::IntArrayRef stride, at::IntArrayRef padding,
                          at::IntArrayRef dilation, int64_t groups) {
-  constexpr const char* kPacked = "conv2d_packed";
-  const Geometry geometry{stride, padding, dilation, groups, kPacked};
+  const Geometry geometry{stride, padding, dilation, groups, "conv2d_packed"};
   check_operands(x, weight, bias, geometry);
-  const Conv2dParams packing_of_weight = packing(weight, groups);
-  const std::vector<int64_t> shape = packed_shape(packing_of_weight);
-  const at::ScalarType type = packed_type(weight, packing_of_weight);
-  check_dim(kPacked, "packed", packed, 3);
-  const bool of_other_set =
-      packed.size(2) != shape[2] ||
-      (packed.scalar_type() != type && (packed.scalar_type() == at::kInt || type == at::kInt));
-  at::Tensor used;
-  if (!of_other_set) {
-    TORCH_CHECK(x.is_cpu() && packed.is_cpu() && packed.scalar_type() == type && packed.is_contiguous() &&
-                    packed.sizes() == at::IntArrayRef(shape),
-                kPacked, ": expected conv2d_pack's result for a weight of shape ", weight.sizes(), ", got ",
-                packed.scalar_type(), " of shape ", packed.sizes(), " on ", packed.device());
-    used = packed;
-  }
-  return std::get<0>(
-      fused(x, weight, used, bias, in_scale, in_shift, in_relu, residual, out_relu, false, geometry));
+  return std::get<0>(fused({}, x, weight, usable(packed, x, weight, groups), bias, in_scale, in_shift,
+                           in_relu, residual, out_relu, false, geometry));
+}
+
+// The same into channels of a tensor that is there.
+void conv2d_packed_(at::Tensor& out, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& packed,
+                    const OptionalTensor& bias, const OptionalTensor& in_scale,
+                    const OptionalTensor& in_shift, bool in_relu, const OptionalTensor& residual,
+                    bool out_relu, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                    int64_t groups) {
+  const Geometry geometry{stride, padding, dilation, groups, "conv2d_packed_"};
+  check_operands(x, weight, bias, geometry);
+  check_tensor(geometry.op, "out", out);
+  check_dim(geometry.op, "out", out, 4);
+  fused(out, x, weight, usable(packed, x, weight, groups), bias, in_scale, in_shift, in_relu, residual,
+        out_relu, false, geometry);
 }
 
 #endif
@@ -398,6 +427,11 @@ TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
          "conv2d_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, Tensor? in_scale, "
          "Tensor? in_shift, bool in_relu, Tensor? residual, bool out_relu, " CUDA_CNN_GEOMETRY ") -> Tensor",
          &conv2d_packed);
+  define(library,
+         "conv2d_packed_(Tensor(a!) out, Tensor x, Tensor weight, Tensor packed, Tensor? bias, "
+         "Tensor? in_scale, Tensor? in_shift, bool in_relu, Tensor? residual, bool "
+         "out_relu, " CUDA_CNN_GEOMETRY ") -> ()",
+         &conv2d_packed_);
 #endif
 }
 

@@ -160,19 +160,25 @@ def conv(
     relu: bool = False,
 ) -> Tensor:
     """relu(norm(conv(relu(scale·x + shift))) + residual), norm by its running statistics folded into the weight."""
-    if norm is None and scale is None and residual is None and not (in_relu or relu):
-        return F.conv2d(_nhwc(x), module.weight, module.bias, *geometry(module))
     weight, bias, packed = _weights(module, norm)
     inside = residual is None or _could_be_added(residual, x, module)
     added = residual if inside else None
-    tensors = (x, weight, bias, scale, shift, added)
-    if packed is None or _library.needs_function(*tensors) or _library.autocast_dtype(x) is not None:
-        operands = (_nhwc(x), weight, bias, scale, shift, in_relu, added, relu and inside, False)
-        y, *_ = F.conv2d_fused(*operands, *geometry(module))
-    else:
+    if _inference(packed, x, weight, bias, scale, shift, added):
         operands = (_nhwc(x), weight, packed, bias, scale, shift, in_relu, added, relu and inside)
         y = _library.below_autograd(_library.ops.conv2d_packed, *operands, *geometry(module))
+    elif norm is None and scale is None and residual is None and not (in_relu or relu):
+        y = F.conv2d(_nhwc(x), weight, bias, *geometry(module))
+    else:
+        operands = (_nhwc(x), weight, bias, scale, shift, in_relu, added, relu and inside, False)
+        y, *_ = F.conv2d_fused(*operands, *geometry(module))
     return y if inside else _sum(y, residual, relu)
+
+
+def _inference(packed: Tensor | None, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the packed weight serves: no derivative is wanted, and no other precision."""
+    return (
+        packed is not None and not _library.needs_function(x, *others) and _library.autocast_dtype(x) is None
+    )
 
 
 def linear(x: Tensor, module: nn.Linear, relu: bool = False) -> Tensor:
@@ -277,6 +283,27 @@ def max_pool(x: Tensor, module: nn.MaxPool2d) -> Tensor:
 def dense_buffer(x: Tensor, channels: int) -> Tensor:
     shape = (len(x), channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def append_conv(
+    maps: Tensor,
+    buffer: Tensor,
+    x: Tensor,
+    module: nn.Conv2d,
+    norm: nn.BatchNorm2d | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    in_relu: bool = False,
+    relu: bool = False,
+) -> Tensor:
+    """append() of relu(norm(conv(relu(scale·x + shift)))), which in inference is computed where it is to lie."""
+    weight, bias, packed = _weights(module, norm)
+    if not _inference(packed, x, weight, bias, scale, shift, maps) or x.dtype != buffer.dtype:
+        return append(maps, conv(x, module, norm, scale, shift, in_relu, None, relu), buffer)
+    first, end = maps.shape[1], maps.shape[1] + module.out_channels
+    operands = (_nhwc(x), weight, packed, bias, scale, shift, in_relu, None, relu)
+    _library.below_autograd(_library.ops.conv2d_packed_, buffer[:, first:end], *operands, *geometry(module))
+    return buffer[:, :end]
 
 
 def append(maps: Tensor | None, new: Tensor, buffer: Tensor) -> Tensor:

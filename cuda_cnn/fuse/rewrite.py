@@ -367,6 +367,9 @@ class Rewriter:
             value = self.values[part]
             if batch and isinstance(value, Pending) and self.is_bare_convolution(value):
                 self.made[id(value)] = self.with_statistics(value.core.node, value.core.input)
+            if block.maps is not None and not batch and self.may_be_placed(part, value, block):
+                block.maps = self.placed(block, value)
+                continue
             x = self.tensor(value)
             if block.buffer is None:
                 block.buffer = self.call(layers.dense_buffer, x, block.width)
@@ -380,6 +383,29 @@ class Rewriter:
         if batch:
             self.statistics[block.maps] = block.statistics
         return block.maps
+
+    def may_be_placed(self, node: fx.Node, value: Value, block: Block) -> bool:
+        """Whether a convolution, perhaps with norm and ReLU, is read by the block alone."""
+        return (
+            isinstance(value, Pending)
+            and isinstance(value.core, Convolution)
+            and not self.is_linear(value)
+            and value.residual is None
+            and id(value) not in self.made
+            and all(self.blocks.get(user) is block for user in node.users)
+        )
+
+    def placed(self, block: Block, value: Pending) -> fx.Node:
+        """The buffer's channels up to a convolution's, which are computed where they lie."""
+        conv = value.core
+        x, *prologue = self.load(conv.input)
+        forms = self.on_load(prologue) + "norm folded in, " * (conv.norm is not None) + "ReLU, " * value.relu
+        self.fused(conv.node, forms + "written into the block's buffer")
+        norm = None if conv.norm is None else self.attribute(conv.norm)
+        return self.call(
+            layers.append_conv,
+            *(block.maps, block.buffer, x, self.attribute(conv.node), norm, *prologue, value.relu),
+        )
 
     def is_bare_convolution(self, value: Pending) -> bool:
         core = value.core

@@ -361,6 +361,11 @@ def _(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
     return _conv2d._flops(out_shape[0], weight)
 
 
+@register_flop_formula(_library.ops.conv2d_packed_)
+def _(out: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return _conv2d._flops(out, weight)
+
+
 @register_flop_formula(_library.ops.conv2d_fused_backward)
 def _(dy: Any, dmean: Any, dvar: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
     wants = args[-1]
