@@ -22,6 +22,9 @@ struct Concat : Function<Concat, &concat> {
     const int64_t along = ctx->saved_data["dim"].toIntVector()[0];
     variable_list result(extents.size());
     if (!dy.defined()) return result;
+    // A view that no graph will be made of needs no record of its base.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!at::GradMode::is_enabled()) below.emplace();
     c10::SymInt start = 0;
     for (size_t i = 0; i < extents.size(); ++i) {
       const bool passed_over = extents[i] == -1;
