@@ -3,7 +3,6 @@ the output."""
 
 import itertools
 import os
-import re
 import signal
 import time
 
@@ -159,27 +158,3 @@ def test_guards_around_a_written_slice():
     F.write_channels_(buffer, part, 4)
     assert torch.equal(buffer[:, 4:9], part)
     assert (buffer[:, :4] == GUARD).all() and (buffer[:, 9:] == GUARD).all()
-
-
-def mapping_of(address):
-    """The flags of the memory mapping that holds an address."""
-    inside = False
-    with open("/proc/self/smaps") as lines:
-        for line in lines:
-            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-                begin, end = (int(part, 16) for part in line.split()[0].split("-"))
-                inside = begin <= address < end
-            elif inside and line.startswith("VmFlags:"):
-                return line.split()[1:]
-    raise ValueError(f"no mapping holds {address:#x}")
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"), reason="this system has no huge pages"
-)
-@pytest.mark.parametrize("name", ["max_pool2d", "local_response_norm", "batch_norm", "concat", "subsample"])
-def test_large_results_ask_for_huge_pages(name):
-    x, w, v = inputs()
-    y = OPERATORS[name](x.repeat(3, 1, 6, 6), w, v)
-    assert y.nbytes > 6 << 20
-    assert "hg" in mapping_of(y.data_ptr() + (4 << 20))

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_processes import OPERATORS, inputs
 from torch.profiler import ProfilerActivity, profile
 
 from cuda_cnn import empty_cache
@@ -45,6 +47,31 @@ def result(mib: int, fill: float = 1.0) -> torch.Tensor:
 def resident() -> int:
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def mapping_of(address):
+    """The flags of the memory mapping that holds an address."""
+    inside = False
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+                inside = begin <= address < end
+            elif inside and line.startswith("VmFlags:"):
+                return line.split()[1:]
+    raise ValueError(f"no mapping holds {address:#x}")
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"), reason="this system has no huge pages"
+)
+@in_a_process_of_its_own
+def test_large_results_lie_in_huge_pages():
+    x, w, v = inputs()
+    for name in ("conv2d", "max_pool2d", "local_response_norm", "batch_norm", "concat", "subsample"):
+        y = OPERATORS[name](x.repeat(3, 1, 6, 6), w, v)
+        assert y.nbytes > 6 * MIB
+        assert "hg" in mapping_of(y.data_ptr() + 4 * MIB), name
 
 
 @in_a_process_of_its_own

@@ -160,14 +160,14 @@ def conv(
     relu: bool = False,
 ) -> Tensor:
     """relu(norm(conv(relu(scale·x + shift))) + residual), norm by its running statistics folded into the weight."""
+    if norm is None and scale is None and residual is None and not (in_relu or relu):
+        return F.conv2d(_nhwc(x), module.weight, module.bias, *geometry(module))
     weight, bias, packed = _weights(module, norm)
     inside = residual is None or _could_be_added(residual, x, module)
     added = residual if inside else None
     if _inference(packed, x, weight, bias, scale, shift, added):
         operands = (_nhwc(x), weight, packed, bias, scale, shift, in_relu, added, relu and inside)
         y = _library.below_autograd(_library.ops.conv2d_packed, *operands, *geometry(module))
-    elif norm is None and scale is None and residual is None and not (in_relu or relu):
-        y = F.conv2d(_nhwc(x), weight, bias, *geometry(module))
     else:
         operands = (_nhwc(x), weight, bias, scale, shift, in_relu, added, relu and inside, False)
         y, *_ = F.conv2d_fused(*operands, *geometry(module))
