@@ -49,8 +49,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("num_threads", &cuda_cnn::cpu::num_threads, "Threads that a kernel may use.");
   m.def(
       "empty_cache", &cuda_cnn::ops::empty_cache,
-      R"(Gives the system back the memory that CPU results have left: it is kept for the next ones, at most what
-results have taken at once. Results in use are not touched. (For a GPU: torch.cuda.empty_cache.))");
+      R"(Gives the system back the memory that CPU results have left: it is kept for the next ones, about the most
+that results have taken at once. Results in use are not touched. (For a GPU: torch.cuda.empty_cache.))");
   m.def(
       "set_build_note", [](const std::string& note) { cuda_cnn::build_note() = note; },
       pybind11::arg("note"));

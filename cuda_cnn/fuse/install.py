@@ -183,7 +183,8 @@ def fuse(model: nn.Module, *, recompute: bool = True) -> Report:
             fused. A layer with hooks is left alone, so is what cannot be traced: its parts are tried one by one.
         recompute: of training. True: normalised maps are not kept for the backward pass, which needs about half the
             memory. False: a batch normalisation of a convolution is one pass with its sum and ReLU, whose result is
-            kept as torch keeps it; on a CPU that is faster. Dense blocks are the same either way.
+            kept as torch keeps it; on a CPU that is faster for a ResNet. Norms of a dense block's maps are the
+            same either way.
 
     Returns:
         Report: what was fused and what was not, and why, for the mode that the model is in. A second call gives it
