@@ -5,12 +5,13 @@
 //   M, and the inverse transform adds bias and residual, rectifies and stores. V and M stay in L2 or near it:
 //   the transformed activations never exist as a whole.
 // Two schedules:
-//   tiles over threads, all filters transformed up front: few channels, many tiles; a thread's V and M fit L2
-//   filters over threads: many channels; a panel's U is made just before its use, and used for many tiles
+//   tiles over threads, all filters transformed up front: many tiles for the filters
+//   filters over threads: many filters; a panel's U is made just before its use, and used for many tiles
 // What all threads read, U or V, each makes for itself: from another core's cache it would come more slowly.
 // What is too large for such a cache is in L3 soon, and is made once.
 #include "cpu/conv2d/winograd.h"
 
+#include "cpu/conv2d/prefetch.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
@@ -21,6 +22,7 @@ using winograd::V;
 constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kTilesAlone = 8;      // not worth a second thread
+constexpr int64_t kTilesAhead = 2;      // whose outputs are asked for: they are stored in many short runs
 constexpr int64_t kOwnBytes = 2097152;  // of U or V, up to which each thread makes its own
 constexpr int64_t kPad = 16;            // keeps the streams of a transform off one another's cache sets
 
@@ -83,36 +85,30 @@ template <class T, int kOut>
 void transform_outputs(const Gather<T>& g, const Scatter<T>& to, const WinogradTile& tile, const float* m,
                        int64_t point_step, int64_t channel, int64_t left) {
   constexpr int kIn = kWinogradIn<T>;
-  V products[kIn][kIn], y[kOut][kOut];
-#pragma GCC unroll 6
-  for (int i = 0; i < kIn; ++i) {
-#pragma GCC unroll 6
-    for (int j = 0; j < kIn; ++j) products[i][j] = load(m + (i * kIn + j) * point_step);
-  }
-  winograd::both_sides(winograd::output<kOut>, y, products);
   const bool whole = left >= kLane;
   const V bias = !to.bias ? V{} : whole ? load(to.bias + channel) : load_first(to.bias + channel, left);
   const int64_t pixel = (tile.n * to.H + tile.p) * to.W + tile.q;
-#pragma GCC unroll 4
-  for (int i = 0; i < kOut; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kOut; ++j) {
-      if (tile.p + i >= g.P || tile.q + j >= g.Q) continue;
-      const int64_t at = pixel + i * to.W + j;
-      V value = y[i][j] + bias;
-      if (to.residual) {
-        const T* residual = to.residual + at * to.residual_pixel + channel;
-        value += whole ? load(residual) : load_first(residual, left);
-      }
-      if (to.relu) value = relu(value);
-      T* out = to.out + at * to.pixel + channel;
-      if (whole) {
-        store_result<PairOf<T>>(out, value);
-      } else {
-        store_first(out, value, left);
-      }
-    }
-  }
+  const int64_t rows = g.P - tile.p, columns = g.Q - tile.q;
+  T* const out = to.out + pixel * to.pixel + channel;
+  const T* const residual = to.residual ? to.residual + pixel * to.residual_pixel + channel : nullptr;
+  winograd::transform_square<kOut, kIn>(
+      winograd::output<kOut>,
+      [&](int i, int j) __attribute__((always_inline)) { return load(m + (i * kIn + j) * point_step); },
+      [&](int i, int j, V value) __attribute__((always_inline)) {
+        if (i >= rows || j >= columns) return;
+        const int64_t at = i * to.W + j;
+        value += bias;
+        if (residual) {
+          const T* from = residual + at * to.residual_pixel;
+          value += whole ? load(from) : load_first(from, left);
+        }
+        if (to.relu) value = relu(value);
+        if (whole) {
+          store_result<PairOf<T>>(out + at * to.pixel, value);
+        } else {
+          store_first(out + at * to.pixel, value, left);
+        }
+      });
 }
 
 // The products of one panel with the tiles [begin, end), whose V starts at v, and their outputs.
@@ -136,6 +132,13 @@ void multiply_panel(const Gather<T>& g, const Scatter<T>& to, int64_t columns, i
     if (g.R == 5) transform = transform_outputs<T, winograd_out<T>(5)>;
   }
   for (int64_t t = 0; t < tiles; ++t) {
+    if (t + kTilesAhead < tiles) {
+      const WinogradTile ahead = winograd_tile(g, begin + t + kTilesAhead);
+      T* out = to.out + ((ahead.n * to.H + ahead.p) * to.W + ahead.q) * to.pixel + channel;
+      for (int64_t i = 0; i < min64(g.P - ahead.p, winograd_out<T>(g.R)); ++i, out += to.W * to.pixel) {
+        prefetch_output(out, to.pixel, min64(g.Q - ahead.q, winograd_out<T>(g.R)), min64(columns, kColumns));
+      }
+    }
     const WinogradTile tile = winograd_tile(g, begin + t);
     for (int64_t j = 0; j < min64(columns, kColumns); j += kLane) {
       transform(g, to, tile, m + t * kColumns + j, point_step, channel + j, columns - j);
@@ -220,79 +223,21 @@ void filters_over_threads(const Problem<T>& p, int64_t block) {
   }
 }
 
-}  // namespace
-
-namespace {
-
-// The pixels of a tile; outside the image one of zeros.
+// Tiles whose V is half of an L2 of 1 MiB.
 template <class T>
-struct InputTile {
-  static constexpr int kIn = kWinogradIn<T>;
-  const T* pixels[kIn][kIn];
-  int64_t step[kIn][kIn];  // 0 outside the image: the same zeros for every channel
+int64_t tiles_in_cache(int64_t channels) {
+  return 524288 / (kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(channels));
+}
 
-  InputTile(const Gather<T>& g, int64_t t) {
-    static const T kZeros[kLane] = {};
-    const WinogradTile tile = winograd_tile(g, t);
-    for (int i = 0; i < kIn; ++i) {
-      for (int j = 0; j < kIn; ++j) {
-        const int64_t h = g.base_h + tile.p + i, w = g.base_w + tile.q + j;
-        const bool inside = h >= 0 && h < g.H && w >= 0 && w < g.W;
-        pixels[i][j] = inside ? g.source + ((tile.n * g.H + h) * g.W + w) * g.pixel : kZeros;
-        step[i][j] = inside;
-      }
-    }
-  }
-
-  // The vector of channels from c on, at the points.
-  template <bool kMapped>
-  CUDA_CNN_INLINE void at_points(const Gather<T>& g, int64_t c, V (&points)[kIn][kIn]) const {
-    V x[kIn][kIn];
-    const int64_t left = g.channels - c;
-    const WinogradPrologue map(g, c, left);
-#pragma GCC unroll 6
-    for (int i = 0; i < kIn; ++i) {
-#pragma GCC unroll 6
-      for (int j = 0; j < kIn; ++j) {
-        const T* from = pixels[i][j] + c * step[i][j];
-        x[i][j] = left >= kLane ? load(from) : load_first(from, left);
-        if (kMapped && step[i][j]) x[i][j] = map(x[i][j]);
-      }
-    }
-    winograd::both_sides(winograd::input, points, x);
-  }
-};
-
-template <bool kMapped, class T>
-void transform_inputs(const Gather<T>& g, int64_t begin, int64_t end, T* out, int64_t point_step,
-                      int64_t tile_step) {
-  constexpr int kIn = kWinogradIn<T>;
-  for (int64_t t = begin; t < end; ++t, out += tile_step) {
-    const InputTile<T> tile(g, t);
-    for (int64_t c = 0; c < g.channels; c += kLane) {
-      V points[kIn][kIn];
-      tile.template at_points<kMapped>(g, c, points);
-#pragma GCC unroll 6
-      for (int i = 0; i < kIn; ++i) {
-#pragma GCC unroll 6
-        for (int j = 0; j < kIn; ++j)
-          store_result<PairOf<T>>(out + (i * kIn + j) * point_step + c, points[i][j]);
-      }
-    }
-  }
+// The most tiles of a block, which is V and all of U read once each for a panel, from L2 or beyond. U takes
+// less time for more tiles; register tiles of 14 rows need little of it, and V is better in L2.
+constexpr bool kShortTiles = kTileRows < 14;
+int64_t block_tiles(int64_t fits, int64_t channels) {
+  const int64_t rows = kShortTiles ? (channels > 192 ? 8 : 4) : max64(1, min64(fits / kTileRows, 4));
+  return rows * kTileRows;
 }
 
 }  // namespace
-
-template <class T>
-void winograd_inputs(const Gather<T>& g, int64_t begin, int64_t end, T* out, int64_t point_step,
-                     int64_t tile_step) {
-  if (g.scale || g.relu) {
-    transform_inputs<true>(g, begin, end, out, point_step, tile_step);
-  } else {
-    transform_inputs<false>(g, begin, end, out, point_step, tile_step);
-  }
-}
 
 template <class T>
 void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
@@ -300,17 +245,15 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
   for (int64_t group = 0; group < groups; ++group) {
     Problem<T> p{gather, scatter, filters, group, winograd_tiles(gather, N)};
     p.gather = p.gather.of_group(group);
-    // A thread's V of a block is to fill half of a 1 MiB L2.
-    const int64_t fits =
-        524288 / (kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(gather.channels));
-    const int64_t most = max64(1, min64(fits / kTileRows, 4)) * kTileRows;
+    const int64_t fits = tiles_in_cache<T>(gather.channels), most = block_tiles(fits, gather.channels);
     // The busiest thread's work: 1 for a tile's V, and for reading it for a panel where all V are not in L2;
     // 5 for its products with a vector of filters, 72 for a panel's U.
     const int64_t threads = p.alone() ? 1 : num_threads(), vectors = ceil_div(p.columns(), kLane);
     const int64_t product = fits < p.tiles / 2 ? 11 : 10;
     const int64_t by_tiles = 72 * p.panels() + ceil_div(p.tiles, threads) * (5 * vectors + 1);
     const int64_t by_filters = ceil_div(p.panels(), threads) * (72 + product * p.tiles) + p.tiles;
-    if ((gather.channels <= 128 && by_tiles < by_filters) || p.panels() < num_threads()) {
+    const bool few_channels = kShortTiles || gather.channels <= 128;
+    if ((few_channels && by_tiles < by_filters) || p.panels() < num_threads()) {
       // As many blocks for each thread.
       const int64_t blocks = ceil_div(ceil_div(p.tiles, most), threads) * threads;
       tiles_over_threads(p, ceil_div(p.tiles, blocks));
@@ -320,7 +263,6 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
   }
 }
 
-template void winograd_inputs(const Gather<float>&, int64_t, int64_t, float*, int64_t, int64_t);
 template void correlate_winograd(const Gather<float>&, const Scatter<float>&, const Filters<float>&, int64_t,
                                  int64_t);
 #if defined(CUDA_CNN_HAS_PAIRS)

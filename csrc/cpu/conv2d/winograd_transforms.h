@@ -153,22 +153,37 @@ CUDA_CNN_INLINE void filter_transposed(V (&w)[kTaps], const V (&u)[4]) {
   w[2] = sum + u[3];
 }
 
-// A square of vectors through one of these matrices on both sides: to = M from M^T.
-template <int kTo, int kFrom>
-CUDA_CNN_INLINE void both_sides(void (*matrix)(V (&)[kTo], const V (&)[kFrom]), V (&to)[kTo][kTo],
-                                const V (&from)[kFrom][kFrom]) {
+// A square of vectors through one of these matrices on both sides: M from M^T, with from(i, j) and
+// to(i, j, value). A column or a row of it is in registers, which are too few for all.
+template <int kTo, int kFrom, class From, class To>
+CUDA_CNN_INLINE void transform_square(void (*matrix)(V (&)[kTo], const V (&)[kFrom]), const From& from,
+                                      const To& to) {
   V half[kTo][kFrom];
-#pragma GCC unroll 6
+#pragma GCC unroll 1
   for (int j = 0; j < kFrom; ++j) {
     V column[kFrom], result[kTo];
 #pragma GCC unroll 6
-    for (int i = 0; i < kFrom; ++i) column[i] = from[i][j];
+    for (int i = 0; i < kFrom; ++i) column[i] = from(i, j);
     matrix(result, column);
 #pragma GCC unroll 6
     for (int i = 0; i < kTo; ++i) half[i][j] = result[i];
   }
+#pragma GCC unroll 1
+  for (int i = 0; i < kTo; ++i) {
+    V row[kTo];
+    matrix(row, half[i]);
 #pragma GCC unroll 6
-  for (int i = 0; i < kTo; ++i) matrix(to[i], half[i]);
+    for (int j = 0; j < kTo; ++j) to(i, j, row[j]);
+  }
+}
+
+// The same for squares in an array.
+template <int kTo, int kFrom>
+CUDA_CNN_INLINE void both_sides(void (*matrix)(V (&)[kTo], const V (&)[kFrom]), V (&to)[kTo][kTo],
+                                const V (&from)[kFrom][kFrom]) {
+  transform_square<kTo, kFrom>(
+      matrix, [&](int i, int j) __attribute__((always_inline)) { return from[i][j]; },
+      [&](int i, int j, V value) __attribute__((always_inline)) { to[i][j] = value; });
 }
 
 }  // namespace winograd

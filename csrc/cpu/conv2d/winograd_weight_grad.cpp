@@ -14,6 +14,7 @@ using winograd::V;
 constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kPad = 16;
+constexpr int64_t kLine = 16;  // floats of a cache line
 constexpr int kIn = kWinogradIn<float>;
 constexpr int64_t kPoints = kWinogradPoints<float>;
 constexpr int64_t kAllSums = 2097152;  // of all chunks: 8 MiB
@@ -51,39 +52,35 @@ struct Sums {
   }
 };
 
-// The output gradients of a tile, the vector of channels from k on, at the points.
-template <int kOut>
-CUDA_CNN_INLINE void gradients_at_points(const Sums& w, int64_t t, int64_t k, V (&points)[kIn][kIn]) {
-  const Gather<float>& g = w.gather;
-  const WinogradTile tile = winograd_tile(g, t);
-  const float* dy = w.dy + ((tile.n * g.P + tile.p) * g.Q + tile.q) * w.dy_pixel + k;
-  const int64_t left = w.outputs - k;
-  V y[kOut][kOut];
-#pragma GCC unroll 4
-  for (int i = 0; i < kOut; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kOut; ++j) {
-      const float* from = dy + (i * g.Q + j) * w.dy_pixel;
-      const bool inside = tile.p + i < g.P && tile.q + j < g.Q && left > 0;
-      y[i][j] = !inside ? V{} : left >= kLane ? load(from) : load_first(from, left);
-    }
-  }
-  winograd::both_sides(winograd::output_transposed<kOut>, points, y);
-}
-
-// Those of tiles [begin, end), into M.
+// The output gradients of tiles [begin, end) at the points, into M.
 template <int kOut>
 void transform_gradients(const Sums& w, int64_t begin, int64_t end, float* m) {
+  const Gather<float>& g = w.gather;
+  const int64_t row = g.Q * w.dy_pixel;
+  const auto first = [&](const WinogradTile& t) {
+    return w.dy + ((t.n * g.P + t.p) * g.Q + t.q) * w.dy_pixel;
+  };
   for (int64_t t = begin; t < end; ++t, m += kColumns) {
+    const WinogradTile tile = winograd_tile(g, t);
+    const float *dy = first(tile), *next = first(winograd_tile(g, t + 1));
+    const int64_t rows = g.P - tile.p, columns = g.Q - tile.q;
     for (int64_t k = 0; k < w.panels * kColumns; k += kLane) {
-      V points[kIn][kIn];
-      gradients_at_points<kOut>(w, t, k, points);
-      float* to = m + k / kColumns * w.m_panel + k % kColumns;
-#pragma GCC unroll 6
-      for (int i = 0; i < kIn; ++i) {
-#pragma GCC unroll 6
-        for (int j = 0; j < kIn; ++j) store(to + (i * kIn + j) * w.m_point, points[i][j]);
+      if (k % kLine == 0) {
+        for (int i = 0; i < kOut; ++i) {
+          for (int j = 0; j < kOut; ++j) __builtin_prefetch(next + i * row + j * w.dy_pixel + k);
+        }
       }
+      const int64_t left = w.outputs - k;
+      float* to = m + k / kColumns * w.m_panel + k % kColumns;
+      winograd::transform_square<kIn, kOut>(
+          winograd::output_transposed<kOut>,
+          [&](int i, int j) __attribute__((always_inline)) {
+            const float* from = dy + i * row + j * w.dy_pixel + k;
+            const bool inside = i < rows && j < columns && left > 0;
+            return !inside ? V{} : left >= kLane ? load(from) : load_first(from, left);
+          },
+          [&](int i, int j, V value)
+              __attribute__((always_inline)) { store(to + (i * kIn + j) * w.m_point, value); });
     }
   }
 }

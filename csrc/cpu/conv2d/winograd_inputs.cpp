@@ -1,0 +1,97 @@
+// Winograd's input transform: the pixels of tiles to their values at the points.
+#include "cpu/conv2d/winograd.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+namespace {
+
+using winograd::V;
+constexpr int kLane = kLanes<float>;
+
+template <class T>
+struct InputTiles {
+  static constexpr int kIn = kWinogradIn<T>, kLine = 64 / sizeof(T);
+  const Gather<T>& g;
+  int64_t point_step;
+
+  // The rows and columns [first, last) of a tile that are inside the image, and where row 0, column 0 would
+  // be.
+  struct Square {
+    const T* origin;
+    int64_t first_row, last_row, first_column, last_column;
+
+    bool whole() const {
+      return first_row == 0 && last_row >= kIn && first_column == 0 && last_column >= kIn;
+    }
+  };
+  Square square(const WinogradTile& t) const {
+    const int64_t h = g.base_h + t.p, w = g.base_w + t.q;
+    return {g.source + ((t.n * g.H + h) * g.W + w) * g.pixel, max64(-h, 0), g.H - h, max64(-w, 0), g.W - w};
+  }
+
+  // Asks for the line at channel c of what a tile does not share with its neighbour before it.
+  CUDA_CNN_INLINE void prefetch(const Square& tile, int64_t c) const {
+    const T* row = tile.origin + c;
+    for (int i = 0; i < kIn; ++i, row += g.W * g.pixel) {
+      for (int j = kIn - winograd_out<T>(3); j < kIn; ++j) __builtin_prefetch(row + j * g.pixel);
+    }
+  }
+
+  template <bool kMapped, bool kWhole>
+  void transform(const Square& tile, const Square& next, T* out) const {
+    for (int64_t c = 0; c < g.channels; c += kLane) {
+      if (c % kLine == 0) prefetch(next, c);
+      const int64_t left = g.channels - c;
+      const WinogradPrologue map(g, c, left);
+      const T* rows[kIn];
+#pragma GCC unroll 6
+      for (int i = 0; i < kIn; ++i) rows[i] = tile.origin + i * g.W * g.pixel + c;
+      winograd::transform_square<kIn, kIn>(
+          winograd::input,
+          [&](int i, int j) __attribute__((always_inline)) {
+            const bool inside =
+                i >= tile.first_row && i < tile.last_row && j >= tile.first_column && j < tile.last_column;
+            if (!kWhole && !inside) return V{};
+            const T* from = rows[i] + j * g.pixel;
+            const V x = left >= kLane ? load(from) : load_first(from, left);
+            return kMapped ? map(x) : x;
+          },
+          [&](int i, int j, V value) __attribute__((always_inline)) {
+            store_result<PairOf<T>>(out + (i * kIn + j) * point_step + c, value);
+          });
+    }
+  }
+
+  template <bool kMapped>
+  void run(int64_t begin, int64_t end, T* out, int64_t tile_step) const {
+    Square next = square(winograd_tile(g, begin));
+    for (int64_t t = begin; t < end; ++t, out += tile_step) {
+      const Square tile = next;
+      next = square(winograd_tile(g, t + 1));
+      if (tile.whole()) {
+        transform<kMapped, true>(tile, next, out);
+      } else {
+        transform<kMapped, false>(tile, next, out);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+template <class T>
+void winograd_inputs(const Gather<T>& g, int64_t begin, int64_t end, T* out, int64_t point_step,
+                     int64_t tile_step) {
+  const InputTiles<T> tiles{g, point_step};
+  if (g.scale || g.relu) {
+    tiles.template run<true>(begin, end, out, tile_step);
+  } else {
+    tiles.template run<false>(begin, end, out, tile_step);
+  }
+}
+
+template void winograd_inputs(const Gather<float>&, int64_t, int64_t, float*, int64_t, int64_t);
+#if defined(CUDA_CNN_HAS_PAIRS)
+template void winograd_inputs(const Gather<BFloat16>&, int64_t, int64_t, BFloat16*, int64_t, int64_t);
+#endif
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA
