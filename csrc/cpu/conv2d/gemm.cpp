@@ -1,10 +1,11 @@
 // Forward and input gradient as implicit matrix products:
 //   for a block of positions and a range of channel panels (a task)
-//     for a block of depth
-//       pack the positions' rows                      A: kBlockRows * kBlockDepth, stays in L2
+//     for a block of depth, for as many panels as L2 holds beside A
 //       pack the panels that are not yet              in the thread's own caches
-//       for a panel, for a tile of rows               B: kBlockDepth * 32 columns, from L2
-//         out += rows * panel                         in registers
+//       for a tile of rows
+//         pack the rows that are not yet              A: kBlockRows * kBlockDepth, stays in L2
+//         for a panel                                 B: kBlockDepth * 32 columns, from L2
+//           out += rows * panel                       in registers
 // Every element's sum has one order, whatever the tasks: blocks of depth from 0 upwards, each in chains of
 // kChain.
 #include "cpu/conv2d/gemm.h"
@@ -27,6 +28,7 @@ constexpr int64_t kBlockDepth = 1024;  // operands, as kChain
 constexpr int64_t kBlockRows = 168;
 constexpr int64_t kBlockBytes = 344064;
 constexpr int64_t kGroupBytes = 262144;  // of panels that stay there beside A
+constexpr int64_t kPieceBytes = 16384;   // of A, packed for the tiles that follow, which find it in L1
 constexpr int64_t kKeptBytes = 2097152;  // of a thread's own panels
 // Rows so far apart, or a multiple of it, share a set of L1: 8 lines.
 constexpr int64_t kSetsBytes = 4096;
@@ -192,25 +194,33 @@ void run_task(Task<T, E> t) {
   for (int64_t begin = 0; begin < cut.depth;) {
     const int64_t end = block_end(cut, begin);
     const bool last = end == cut.depth;
-    const auto* a = reinterpret_cast<const E*>(packed);
-    if (packs) {
-      pack_positions(gather, t.position, t.count, begin, end, packed, step);
-      if ((end - begin) % kDepth) zero_column(packed + end - begin, t.count, step);
-    } else {
-      a = reinterpret_cast<const E*>(gather.source + t.position * step + begin);
-    }
     // Panels that L2 holds beside A follow one another for each tile, whose rows are then in L1.
     const int64_t depth = operands<E>(end - begin);
     const int64_t panel_bytes = depth * kColumns * static_cast<int64_t>(sizeof(E));
     const int64_t group = max64(1, kGroupBytes / panel_bytes);
+    // The first group packs A, piece by piece; without another one every piece may lie in the same place.
+    const bool kept = t.panel_end - t.panel_begin > group;
+    const int64_t row_bytes = step * static_cast<int64_t>(sizeof(Element<E>));
+    const int64_t piece = max64(1, kPieceBytes / (kTileRows * row_bytes)) * kTileRows;
     for (int64_t first = t.panel_begin; first < t.panel_end; first += group) {
       const int64_t group_end = min64(first + group, t.panel_end);
       const Panels<E> panels = panels_of(t, first, group_end, begin, end);
+      const bool reads = first == t.panel_begin;
       for (int64_t i = 0; i < t.count; i += kTileRows) {
         const int64_t rows = min64(t.count - i, kTileRows);
-        // The first group finds A in memory, and reads more rows at once than a hardware prefetcher follows.
-        Prefetch next = prefetch_rows(a + (i + kTileRows) * step / kDepth, step / kDepth, depth,
-                                      packs || first > t.panel_begin ? 0 : kTileRows);
+        const auto* a = reinterpret_cast<const E*>(packed) + (kept ? i : i % piece) * step / kDepth;
+        if (!packs) {
+          a = reinterpret_cast<const E*>(gather.source + (t.position + i) * step + begin);
+        } else if (reads && i % piece == 0) {
+          Element<E>* to = packed + (kept ? i : 0) * step;
+          const int64_t count = min64(piece, t.count - i);
+          pack_positions(gather, t.position + i, count, begin, end, to, step);
+          if ((end - begin) % kDepth) zero_column(to + end - begin, count, step);
+        }
+        // It finds the source in memory, and reads more rows at once than a hardware prefetcher follows.
+        const int64_t ahead = t.position + i + (packs ? piece : kTileRows);
+        Prefetch next = prefetch_rows(gather.source + ahead * gather.pixel + begin, gather.pixel, end - begin,
+                                      reads && gather.of_pixels() ? kTileRows : 0);
         const int64_t lines = ceil_div(next.count(), ceil_div(depth, kChain) * (group_end - first));
         for (int64_t panel = first; panel < group_end; ++panel) {
           const int64_t columns = min64(t.columns - panel * kColumns, kColumns);
@@ -246,7 +256,7 @@ void run_task(Task<T, E> t) {
               }
             }
             next.lines(lines);
-            tile(a + i * step / kDepth + d, step / kDepth, b + d * kColumns, min64(kChain, depth - d), out);
+            tile(a + d, step / kDepth, b + d * kColumns, min64(kChain, depth - d), out);
           }
           if (last && !direct && !out.narrowed) finish(t, t.position + i, rows, channel, columns, out.c);
         }

@@ -50,19 +50,27 @@ void copy_clipped(const Gather<T>& g, const T* from, int64_t w0, const T* end, T
   if (right < depth) zero_channels(depth - right, out + right);
 }
 
+// Channels [channel, channel + count) of a pixel through the prologue; writes as copy_channels does.
 template <class T, class To>
-void map_channels(const Gather<T>& gather, int64_t channel, int64_t count, To* out) {
+CUDA_CNN_INLINE void map_channels(const Gather<T>& g, const T* from, int64_t channel, int64_t count,
+                                  To* out) {
   using Acc = Accumulator<T>;
   constexpr int kWidth = kLanes<Acc>;
-  for (int64_t c = 0; c < count; c += kWidth) {
-    const int64_t left = count - c;
-    Vec<Acc> value = load(out + c);
-    if (gather.scale) {
-      const Acc *scale = gather.scale + channel + c, *shift = gather.shift + channel + c;
-      value = left >= kWidth ? fma(value, load(scale), load(shift))
-                             : fma(value, load_first(scale, left), load_first(shift, left));
+  const Acc *scale = g.scale + channel, *shift = g.shift + channel;
+  int64_t c = 0;
+  if (g.scale && g.relu) {  // most: without a branch a vector
+    for (; c + kWidth <= count; c += kWidth) {
+      store(out + c, relu(fma(load(from + c), load(scale + c), load(shift + c))));
     }
-    store(out + c, gather.relu ? relu(value) : value);
+  }
+  for (; c < count; c += kWidth) {
+    const int64_t left = count - c;
+    const auto values = [&](const auto* p) __attribute__((always_inline)) {
+      return left >= kWidth ? load(p + c) : load_first(p + c, left);
+    };
+    Vec<Acc> value = values(from);
+    if (g.scale) value = fma(value, values(scale), values(shift));
+    store(out + c, g.relu ? relu(value) : value);
   }
 }
 
@@ -126,8 +134,12 @@ void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t
         part = min64(g.channels - channel, depth - d);
         const int64_t h = h0 + r * g.tap_h, w = w0 + s * g.tap_w;
         if (h >= 0 && h < g.H && w >= 0 && w < g.W) {
-          copy_channels(image + (h * g.W + w) * g.pixel + channel, part, end, out + d);
-          if (mapped) map_channels(g, channel, part, out + d);
+          const T* from = image + (h * g.W + w) * g.pixel + channel;
+          if (mapped) {
+            map_channels(g, from, channel, part, out + d);
+          } else {
+            copy_channels(from, part, end, out + d);
+          }
         } else {
           zero_channels(part, out + d);
         }

@@ -22,12 +22,15 @@ struct Gather {
   bool relu = false;
 
   int64_t depth() const { return R * S * channels; }
+  // Whether position i reads pixel i alone.
+  bool of_pixels() const {
+    return R * S == 1 && stride_h == 1 && stride_w == 1 && base_h == 0 && base_w == 0 && P == H && Q == W;
+  }
   // Whether the source itself is a matrix of operands E: rows `pixel` apart, nothing to convert.
   template <class E>
   bool is_matrix() const {
     return sizeof(T) == sizeof(Element<E>) && channels % kDepthOf<E> == 0 && pixel % kDepthOf<E> == 0 &&
-           R * S == 1 && stride_h == 1 && stride_w == 1 && base_h == 0 && base_w == 0 && P == H && Q == W &&
-           !scale && !relu;
+           of_pixels() && !scale && !relu;
   }
   Gather of_group(int64_t group) const {
     Gather of_group = *this;
