@@ -250,6 +250,27 @@ PyObject* native_batch_norm(PyObject*, PyObject* const* values, Py_ssize_t count
   END_HANDLE_TH_ERRORS
 }
 
+// What tells whether tensors (or None) are what they were: their memory, versions and dtypes, as bytes. None
+// where that is not to be known, of tensors without a version.
+PyObject* versions(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  struct Version {
+    const void* memory;
+    int64_t version, dtype;
+  };
+  std::vector<Version> versions;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (values[i] == Py_None) continue;
+    TORCH_CHECK_TYPE(THPVariable_Check(values[i]), "versions: expected tensors or None");
+    const Tensor& tensor = THPVariable_Unpack(values[i]);
+    if (tensor.is_inference()) Py_RETURN_NONE;
+    versions.push_back({tensor.data_ptr(), tensor._version(), static_cast<int64_t>(tensor.scalar_type())});
+  }
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(versions.data()),
+                                   static_cast<Py_ssize_t>(versions.size() * sizeof(Version)));
+  END_HANDLE_TH_ERRORS
+}
+
 }  // namespace
 
 PyMethodDef* eager_methods() {
@@ -258,9 +279,9 @@ PyMethodDef* eager_methods() {
     #name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&name)), METH_FASTCALL, nullptr \
   }
   static PyMethodDef methods[] = {
-      CUDA_CNN_EAGER(batch_norm),        CUDA_CNN_EAGER(concat),        CUDA_CNN_EAGER(conv2d),
-      CUDA_CNN_EAGER(max_pool2d),        CUDA_CNN_EAGER(subsample),     CUDA_CNN_EAGER(local_response_norm),
-      CUDA_CNN_EAGER(native_batch_norm), {nullptr, nullptr, 0, nullptr}};
+      CUDA_CNN_EAGER(batch_norm),        CUDA_CNN_EAGER(concat),    CUDA_CNN_EAGER(conv2d),
+      CUDA_CNN_EAGER(max_pool2d),        CUDA_CNN_EAGER(subsample), CUDA_CNN_EAGER(local_response_norm),
+      CUDA_CNN_EAGER(native_batch_norm), CUDA_CNN_EAGER(versions),  {nullptr, nullptr, 0, nullptr}};
 #undef CUDA_CNN_EAGER
   return methods;
 }

@@ -137,6 +137,13 @@ at::Tensor concat(at::TensorList tensors, int64_t dim) {
   return output;
 }
 
+// Of x's kind, NHWC, with `channels` channels, nothing in them yet.
+at::Tensor channel_buffer(const at::Tensor& x, int64_t channels) {
+  check_dim("channel_buffer", "x", x, 4);
+  return empty_result({x.size(0), channels, x.size(2), x.size(3)},
+                      x.options().memory_format(at::MemoryFormat::ChannelsLast));
+}
+
 // buffer[:, start : start + C] = x, for a buffer that is dense in either layout.
 void write_channels_(at::Tensor& buffer, const at::Tensor& x, int64_t start) {
   constexpr const char* kName = "write_channels_";
@@ -163,6 +170,7 @@ void write_channels_(at::Tensor& buffer, const at::Tensor& x, int64_t start) {
 
 TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
   define(library, "concat(Tensor[] tensors, int dim) -> Tensor", &concat);
+  define(library, "channel_buffer(Tensor x, int channels) -> Tensor", &channel_buffer);
   define(library, "write_channels_(Tensor(a!) buffer, Tensor x, int start) -> ()", &write_channels_);
 }
 

@@ -86,7 +86,20 @@ def _plan(module: nn.Module, recompute: bool) -> tuple[nn.Module | None, Report]
         report.left.append(Row("", f"it cannot be traced ({reason})"))
         return None, report
     rewriter = Rewriter(module, graph, opaque, recompute)
-    return fx.GraphModule(module, rewriter.run()), rewriter.report
+    return _runnable(module, rewriter.run()), rewriter.report
+
+
+def _runnable(module: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    attributes = {
+        node.target: operator.attrgetter(node.meta.get("layer", node.target))(module)
+        for node in graph.nodes
+        if node.op in ("get_attr", "call_module")
+    }
+    run = fx.GraphModule(attributes, graph)
+    for name, value in attributes.items():
+        if "." not in name:
+            run.__dict__[name] = value  # where Python finds it sooner than in nn.Module's tables
+    return run
 
 
 class _without_fused_forwards:  # noqa: N801
@@ -125,7 +138,7 @@ def _layer_of(node: fx.Node) -> str:
     parts = [a for a in node.args if isinstance(a, fx.Node)]
     for part in parts:
         if part.op == "get_attr":
-            return str(part.target)
+            return part.meta.get("layer", str(part.target))
     vectors = (operator.getitem, layers.normalise, layers.frozen)
     return next((name for p in parts if p.target in vectors and (name := _layer_of(p))), "")
 

@@ -1,13 +1,14 @@
 """What a fused graph calls: layers given as the modules they are, their parameters read when it runs."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cuda_cnn import functional as F
+from cuda_cnn._C import eager
 from cuda_cnn.models.densenet import _Append
 from cuda_cnn.nn import BatchNorm2d
 from cuda_cnn.ops import _library
@@ -31,26 +32,24 @@ def forget(module: nn.Module) -> None:
     _kept.pop(module, None)
 
 
-def _fixed(sources: list[Tensor]) -> bool:
-    """Whether these stay what they are until somebody writes to them: no gradients are wanted."""
-    if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
-        return False
-    return not any(s.is_inference() for s in sources)
+def _fixed(sources: Sequence[Tensor | None]) -> bool:
+    """Whether no gradients of these are wanted, which would need what is made from them anew every time."""
+    return not torch.is_grad_enabled() or not any(s is not None and s.requires_grad for s in sources)
 
 
-def _once(module: nn.Module, sources: list[Tensor | None], extra: tuple, make: Callable[[], Any]) -> Any:
+def _once(module: nn.Module, sources: Sequence[Tensor | None], extra: Any, make: Callable[[], Any]) -> Any:
     """make(), or what it gave last time if no source has changed since. With gradients: anew every time.
 
     A write through `.data` goes unnoticed until the model changes its mode.
     """
-    present = [s for s in sources if s is not None]
-    if not _fixed(present):
+    versions = eager.versions(*sources) if _fixed(sources) else None
+    if versions is None:
         return make()
-    key = (*extra, *((s.data_ptr(), s._version, s.dtype) for s in present))
+    key = versions, extra
     kept = _kept.get(module)
     if kept is None or kept[0] != key:
         with torch.inference_mode(False), torch.no_grad():
-            kept = _kept[module] = (key, make(), [s.detach() for s in present])
+            kept = _kept[module] = (key, make(), [s.detach() for s in sources if s is not None])
     return kept[1]
 
 
@@ -133,7 +132,9 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tens
 
 def _pack(weight: Tensor, groups: int) -> Tensor | None:
     """The weight as a CPU's kernels read it, unless it is about to change."""
-    if torch.compiler.is_compiling() or weight.device.type != "cpu" or not _fixed([weight]):
+    if torch.compiler.is_compiling() or weight.device.type != "cpu":
+        return None
+    if weight.is_inference() or not _fixed([weight]):
         return None
     return _library.ops.conv2d_pack(weight, groups)
 
@@ -278,11 +279,6 @@ def max_pool(x: Tensor, module: nn.MaxPool2d) -> Tensor:
 
 
 # ---- Dense blocks ------------------------------------------------------------------------------------------
-
-
-def dense_buffer(x: Tensor, channels: int) -> Tensor:
-    shape = (len(x), channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def append_conv(

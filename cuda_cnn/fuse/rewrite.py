@@ -20,6 +20,7 @@ from cuda_cnn.fuse import layers
 from cuda_cnn.fuse.dense import Block, find_blocks
 from cuda_cnn.fuse.report import Report, Row
 from cuda_cnn.fuse.trace import CONVOLUTIONS, NORMS, POOLS, has_hooks, is_norm_with_activation
+from cuda_cnn.ops.concat import channel_buffer
 
 _RELUS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_)
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -192,7 +193,9 @@ class Rewriter:
         """The module that a node calls, as a node of the new graph."""
         name = str(node.target)
         if name not in self.attributes:
-            self.attributes[name] = self.new.create_node("get_attr", name)
+            # In one step: a path would be followed at every call.
+            self.attributes[name] = self.new.create_node("get_attr", f"layer_{node.name}")
+            self.attributes[name].meta["layer"] = name
             self.used.append(self.modules[name])
         return self.attributes[name]
 
@@ -372,7 +375,7 @@ class Rewriter:
                 continue
             x = self.tensor(value)
             if block.buffer is None:
-                block.buffer = self.call(layers.dense_buffer, x, block.width)
+                block.buffer = self.call(channel_buffer, x, block.width)
                 self.report.fused.append(
                     Row(node.name, f"one buffer of {block.width} channels for the block")
                 )

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cuda_cnn import functional, nn
 from cuda_cnn.convert import register_torch_form
+from cuda_cnn.ops.concat import channel_buffer
 
 from .base import ConvNet
 from .registry import register_model
@@ -112,8 +113,7 @@ class DenseBlock(ModuleDict):
             for layer in self.values():
                 x = functional.concat([x, layer(x)], 1)
             return x
-        shape = (len(x), self.out_planes, *x.shape[2:])
-        buffer = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        buffer = channel_buffer(x, self.out_planes)
         maps = _Append.apply(None, x, buffer)
         for layer in self.values():
             maps = _Append.apply(maps, layer(maps), buffer)

@@ -61,6 +61,11 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, *, out: Tensor | None = None
     return torch.ops.cuda_cnn.concat(tensors, dim)
 
 
+def channel_buffer(x: Tensor, channels: int) -> Tensor:
+    """(N, channels, H, W) for write_channels_: of x's dtype and device, channels_last, nothing in it yet."""
+    return torch.ops.cuda_cnn.channel_buffer(x.detach(), channels)
+
+
 def write_channels_(buffer: Tensor, x: Tensor, start: int) -> Tensor:
     """`buffer[:, start : start + x.shape[1]] = x`, threaded, for DenseNet's block buffer. Returns the buffer.
 
@@ -84,6 +89,12 @@ def write_channels_(buffer: Tensor, x: Tensor, start: int) -> Tensor:
 @torch.library.register_fake("cuda_cnn::concat")
 def _(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return torch.empty_like(torch.cat(list(tensors), dim))
+
+
+@torch.library.register_fake("cuda_cnn::channel_buffer")
+def _(x: Tensor, channels: int) -> Tensor:
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("cuda_cnn::write_channels_")

@@ -71,7 +71,7 @@ class Conv2dFusedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _library.ops.conv2d_fused(*arguments)
+        return _library.below_autograd(_library.ops.conv2d_fused, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -214,7 +214,7 @@ def _composed_map(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | No
 class ChannelMapFunction(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        return _library.ops.channel_map(*arguments)
+        return _library.below_autograd(_library.ops.channel_map, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -273,7 +273,7 @@ class ChannelStatisticsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return _library.ops.channel_statistics(x)
+        return _library.below_autograd(_library.ops.channel_statistics, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
