@@ -417,7 +417,9 @@ void max_pool2d_backward(const MaxPool2dParams& params) {
       const bool few = h.kernel * w.kernel <= 2 * kLanes<T>;
       const bool same = h.stride == 1 && w.stride == 1 && h.in == h.out && w.in == w.out;
       if (few && same) return gather_array<T>(params);
-      if (few && gather_strided<T>(params)) return;
+      // Short vectors look at the taps of a short row more often than it has windows.
+      const bool long_rows = kLanes<T> > 8 || w.out >= 14;
+      if (few && long_rows && gather_strided<T>(params)) return;
     }
     return scatter<T, Tap>(params);
   });
