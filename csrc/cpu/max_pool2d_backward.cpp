@@ -417,9 +417,9 @@ void max_pool2d_backward(const MaxPool2dParams& params) {
       const bool few = h.kernel * w.kernel <= 2 * kLanes<T>;
       const bool same = h.stride == 1 && w.stride == 1 && h.in == h.out && w.in == w.out;
       if (few && same) return gather_array<T>(params);
-      // Short vectors look at the taps of a short row more often than it has windows.
-      const bool long_rows = kLanes<T> > 8 || w.out >= 14;
-      if (few && long_rows && gather_strided<T>(params)) return;
+      // With short vectors a scattered window takes the time of some four gathered cells.
+      const bool windows = kLanes<T> <= 8 && 17 * h.out * w.out < 4 * h.in * w.in;
+      if (few && !windows && gather_strided<T>(params)) return;
     }
     return scatter<T, Tap>(params);
   });
