@@ -208,14 +208,17 @@ void run_task(Task<T, E> t) {
       const bool reads = first == t.panel_begin;
       for (int64_t i = 0; i < t.count; i += kTileRows) {
         const int64_t rows = min64(t.count - i, kTileRows);
-        const auto* a = reinterpret_cast<const E*>(packed) + (kept ? i : i % piece) * step / kDepth;
-        if (!packs) {
+        const E* a;
+        if (packs) {
+          Element<E>* to = packed + (kept ? i : i % piece) * step;
+          if (reads && i % piece == 0) {
+            const int64_t count = min64(piece, t.count - i);
+            pack_positions(gather, t.position + i, count, begin, end, to, step);
+            if ((end - begin) % kDepth) zero_column(to + end - begin, count, step);
+          }
+          a = reinterpret_cast<const E*>(to);
+        } else {
           a = reinterpret_cast<const E*>(gather.source + (t.position + i) * step + begin);
-        } else if (reads && i % piece == 0) {
-          Element<E>* to = packed + (kept ? i : 0) * step;
-          const int64_t count = min64(piece, t.count - i);
-          pack_positions(gather, t.position + i, count, begin, end, to, step);
-          if ((end - begin) % kDepth) zero_column(to + end - begin, count, step);
         }
         // It finds the source in memory, and reads more rows at once than a hardware prefetcher follows.
         const int64_t ahead = t.position + i + (packs ? piece : kTileRows);

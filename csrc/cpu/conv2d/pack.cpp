@@ -56,9 +56,10 @@ CUDA_CNN_INLINE void map_channels(const Gather<T>& g, const T* from, int64_t cha
                                   To* out) {
   using Acc = Accumulator<T>;
   constexpr int kWidth = kLanes<Acc>;
-  const Acc *scale = g.scale + channel, *shift = g.shift + channel;
+  const Acc* scale = g.scale ? g.scale + channel : nullptr;
+  const Acc* shift = g.scale ? g.shift + channel : nullptr;
   int64_t c = 0;
-  if (g.scale && g.relu) {  // most: without a branch a vector
+  if (scale && g.relu) {  // most: without a branch a vector
     for (; c + kWidth <= count; c += kWidth) {
       store(out + c, relu(fma(load(from + c), load(scale + c), load(shift + c))));
     }
@@ -69,7 +70,7 @@ CUDA_CNN_INLINE void map_channels(const Gather<T>& g, const T* from, int64_t cha
       return left >= kWidth ? load(p + c) : load_first(p + c, left);
     };
     Vec<Acc> value = values(from);
-    if (g.scale) value = fma(value, values(scale), values(shift));
+    if (scale) value = fma(value, values(scale), values(shift));
     store(out + c, g.relu ? relu(value) : value);
   }
 }
