@@ -23,7 +23,7 @@ from cuda_cnn.ops import conv2d
 __all__ = ["Explanation", "Row", "explain"]
 
 ALGORITHMS = {
-    "winograd": "3×3 or 5×5 of stride 1: Winograd's minimal filtering",
+    "winograd": "3×3 to 5×5 of stride 1, or a stem: Winograd's minimal filtering",
     "depthwise": "a filter for each channel: nothing to share between channels",
     "gemm_nchw": "matrix products on planes: 1×1 or few channels, NCHW as it lies",
     "few_pixels": "a fully connected layer, or nearly: the weight is read once, where it lies",

@@ -11,31 +11,42 @@ from cuda_cnn import _C, backends
 from cuda_cnn import functional as F
 from cuda_cnn.ops.conv2d import algorithm
 
+# x, weight, (stride, padding, dilation, groups)
 WINOGRAD_CASES = {
-    "whole tiles": ((2, 32, 16, 12), (48, 32, 3, 3), (1, 1), 1),
-    "ragged tiles, odd channels": ((1, 33, 13, 7), (21, 33, 3, 3), (1, 0), 1),
-    "wide padding": ((1, 16, 5, 6), (16, 16, 3, 3), (3, 2), 1),
-    "groups": ((2, 36, 9, 10), (40, 18, 3, 3), (1, 1), 2),
-    "filters over threads": ((1, 150, 14, 14), (96, 150, 3, 3), (1, 1), 1),
-    "U and V that no thread has for itself": ((1, 128, 46, 44), (160, 128, 3, 3), (1, 1), 1),
-    "several blocks of tiles": ((2, 16, 60, 58), (16, 16, 3, 3), (1, 1), 1),
-    "5x5": ((2, 16, 14, 12), (48, 16, 5, 5), (2, 2), 1),
-    "5x5, ragged tiles, odd channels": ((1, 33, 13, 8), (21, 33, 5, 5), (0, 3), 1),
-    "5x5, groups, filters over threads": ((1, 300, 7, 7), (100, 150, 5, 5), (2, 2), 2),
+    "whole tiles": ((2, 32, 16, 12), (48, 32, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
+    "ragged tiles, odd channels": ((1, 33, 13, 7), (21, 33, 3, 3), ((1, 1), (1, 0), (1, 1), 1)),
+    "wide padding": ((1, 16, 5, 6), (16, 16, 3, 3), ((1, 1), (3, 2), (1, 1), 1)),
+    "groups": ((2, 36, 9, 10), (40, 18, 3, 3), ((1, 1), (1, 1), (1, 1), 2)),
+    "filters over threads": ((1, 150, 14, 14), (96, 150, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
+    "U and V that no thread has for itself": (
+        (1, 128, 46, 44),
+        (160, 128, 3, 3),
+        ((1, 1), (1, 1), (1, 1), 1),
+    ),
+    "several blocks of tiles": ((2, 16, 60, 58), (16, 16, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
+    "5x5": ((2, 16, 14, 12), (48, 16, 5, 5), ((1, 1), (2, 2), (1, 1), 1)),
+    "5x5, ragged tiles, odd channels": ((1, 33, 13, 8), (21, 33, 5, 5), ((1, 1), (0, 3), (1, 1), 1)),
+    "5x5, groups, filters over threads": ((1, 300, 7, 7), (100, 150, 5, 5), ((1, 1), (2, 2), (1, 1), 2)),
+    "4x4": ((2, 17, 11, 12), (21, 17, 4, 4), ((1, 1), (2, 1), (1, 1), 1)),
+    "11x11 stride 4": ((3, 3, 75, 63), (21, 3, 11, 11), ((4, 4), (2, 2), (1, 1), 1)),
+    "7x7 stride 2": ((2, 3, 36, 33), (33, 3, 7, 7), ((2, 2), (3, 3), (1, 1), 1)),
+    "5x5 stride 2": ((2, 6, 21, 22), (18, 6, 5, 5), ((2, 2), (1, 2), (1, 1), 1)),
+    "9x13 stride 2x3, wide padding": ((1, 2, 22, 31), (16, 2, 9, 13), ((2, 3), (7, 0), (1, 1), 1)),
+    "stride, images one by one": ((3, 3, 600, 602), (16, 3, 8, 8), ((2, 2), (0, 0), (1, 1), 1)),
 }
 
 
 @pytest.mark.parametrize("case", WINOGRAD_CASES)
 def test_winograd_is_within_its_own_bound(isa, case):  # noqa: F811
     """Its error is that of its largest intermediate: 4e-6 of the largest sum, against 1e-6 for a direct one."""
-    x_shape, weight_shape, padding, groups = WINOGRAD_CASES[case]
-    geometry = ((1, 1), padding, (1, 1), groups)
+    x_shape, weight_shape, geometry = WINOGRAD_CASES[case]
     x, weight = reals(*x_shape, dtype=torch.float32), reals(*weight_shape, dtype=torch.float32, seed=1)
     bias = reals(weight_shape[0], dtype=torch.float32, seed=2)
     dy = torch.randn_like(TORCH(x, weight, bias, *geometry))
     exact = with_gradients(TORCH, *(t.double() for t in (x, weight, bias)), geometry, dy.double())
     with backends.flags(conv2d_algorithm="winograd"):
-        assert algorithm("forward", x_shape, weight_shape, padding=padding, groups=groups) == "winograd"
+        for direction in ("forward", "weight_grad"):
+            assert algorithm(direction, x_shape, weight_shape, *geometry) == "winograd"
         ours = with_gradients(F.conv2d, x, weight, bias, geometry, dy)
     for name, value in exact.items():
         error = (ours[name].double() - value).abs().max() / value.abs().max()
@@ -43,22 +54,23 @@ def test_winograd_is_within_its_own_bound(isa, case):  # noqa: F811
 
 
 PAIRS = pytest.mark.skipif("avx512_bf16" not in _C.cpu_isas(), reason="no AVX512-BF16")
-PAIRS_CASES = [case for case in WINOGRAD_CASES if "5x5" not in case and "odd" not in case]
+PAIRS_CASES = [
+    case for case in WINOGRAD_CASES if "x" not in case and "odd" not in case and "stride" not in case
+]
 
 
 @PAIRS
 @pytest.mark.parametrize("case", [*PAIRS_CASES, "ragged tiles, odd channels"])
 def test_winograd_in_bfloat16_is_within_its_own_bound(case):
     """Operands are rounded at the points, too: 8e-3 of the largest sum, against 4e-3 for a direct one."""
-    x_shape, weight_shape, padding, groups = WINOGRAD_CASES[case]
-    geometry, options = ((1, 1), padding, (1, 1), groups), {"padding": padding, "groups": groups}
+    x_shape, weight_shape, geometry = WINOGRAD_CASES[case]
     x, weight = reals(*x_shape, dtype=torch.bfloat16), reals(*weight_shape, dtype=torch.bfloat16, seed=1)
     bias = reals(weight_shape[0], dtype=torch.bfloat16, seed=2)
     dy = torch.randn_like(TORCH(x, weight, bias, *geometry))
     exact = with_gradients(TORCH, *(t.double() for t in (x, weight, bias)), geometry, dy.double())
     with backends.flags(conv2d_algorithm="winograd"):
         found = {
-            direction: algorithm(direction, x_shape, weight_shape, dtype=torch.bfloat16, **options)
+            direction: algorithm(direction, x_shape, weight_shape, *geometry, dtype=torch.bfloat16)
             for direction in ("forward", "input_grad", "weight_grad")
         }
         ours = with_gradients(F.conv2d, x, weight, bias, geometry, dy)
@@ -105,9 +117,9 @@ def test_in_bfloat16_the_weight_gradient_of_few_pixels_is_of_direct_sums():
     ],
 )
 def test_winograd_does_not_know_how_many_threads(dtype, case):
-    x_shape, weight_shape, padding, groups = WINOGRAD_CASES[case]
+    x_shape, weight_shape, geometry = WINOGRAD_CASES[case]
     x, weight = reals(*x_shape, dtype=dtype), reals(*weight_shape, dtype=dtype, seed=1)
-    bias, geometry = reals(weight_shape[0], dtype=dtype, seed=2), ((1, 1), padding, (1, 1), groups)
+    bias = reals(weight_shape[0], dtype=dtype, seed=2)
     dy = reals(*TORCH(x, weight, bias, *geometry).shape, dtype=dtype, seed=3)
     with backends.flags(conv2d_algorithm="winograd"):
         results = for_thread_counts(lambda: with_gradients(F.conv2d, x, weight, bias, geometry, dy))
@@ -133,3 +145,38 @@ def test_winograd_is_chosen_where_it_may_be_and_can_be_switched_off():
         with backends.flags(winograd=False):
             assert algorithm(direction, *shapes, padding=(1, 1)) == "gemm"
     assert backends.winograd
+
+
+def test_a_stem_is_taken_in_blocks_of_its_stride():
+    stems = {  # x, weight, stride, padding, and whether NCHW is worth its conversions
+        "AlexNet": ((1, 3, 227, 227), (96, 3, 11, 11), 4, 0, True),
+        "ResNet": ((1, 3, 224, 224), (64, 3, 7, 7), 2, 3, False),
+    }
+    for x, weight, stride, padding, converted in stems.values():
+        options = {"stride": (stride, stride), "padding": (padding, padding)}
+        for direction in ("forward", "weight_grad"):
+            assert algorithm(direction, x, weight, **options) == "winograd"
+            expected = "winograd" if converted else "gemm_nchw"
+            assert algorithm(direction, x, weight, **options, nchw=True) == expected
+            assert algorithm(direction, x, weight, **options, mapped=True) != "winograd"
+            assert algorithm(direction, x, weight, **options, dtype=torch.bfloat16) != "winograd"
+        assert algorithm("input_grad", x, weight, **options) == "few_channels"
+
+
+def test_a_stem_in_blocks_takes_channels_of_a_wider_image_and_writes_into_one():
+    geometry = ((2, 2), (3, 3), (1, 1), 1)
+    wide = reals(2, 8, 33, 30, dtype=torch.float32).to(memory_format=torch.channels_last)
+    x, weight = wide[:, 2:5], reals(16, 3, 7, 7, dtype=torch.float32, seed=1)
+    bias = reals(16, dtype=torch.float32, seed=2)
+    expected = TORCH(*(t.double() for t in (x, weight, bias)), *geometry)
+    out = torch.full((2, 48, *expected.shape[2:]), 7.0).to(memory_format=torch.channels_last)
+    operators = torch.ops.cuda_cnn
+    packed = operators.conv2d_pack(weight, 1)
+    with backends.flags(conv2d_algorithm="winograd"):
+        operators.conv2d_packed_(
+            out[:, 16:32], x, weight, packed, bias, None, None, False, None, True, *geometry
+        )
+    torch.testing.assert_close(
+        out[:, 16:32].double(), expected.relu(), rtol=0, atol=4e-6 * expected.abs().max()
+    )
+    assert (out[:, :16] == 7).all() and (out[:, 32:] == 7).all()

@@ -200,7 +200,7 @@ def test_fused_convolutions_name_the_algorithm_that_they_take():
     x = torch.randn(2, 3, 12, 12)
     found = rows(model, x)
     assert found["1", "conv2d_fused"].algorithm == "winograd/winograd/winograd"
-    assert found["1", "conv2d_fused"].reason.startswith("statistics in its epilogue; 3×3 or 5×5")
+    assert found["1", "conv2d_fused"].reason.startswith("statistics in its epilogue; 3×3 to 5×5")
     assert found["2", "channel_map"].algorithm == "channels"
     with cuda_cnn.backends.flags(winograd=False):
         assert rows(model, x)["1", "conv2d_fused"].algorithm == "gemm/gemm/gemm"

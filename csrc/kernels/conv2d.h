@@ -152,6 +152,9 @@ namespace cuda_cnn::cpu {
 // A filter as large as its image (LeNet-5's C5, a classifier as a convolution) is a 1x1 one on R*S*C
 // channels: such a call as that, any other as it is.
 Conv2dParams conv2d_flattened(const Conv2dParams& params);
+// The sizes of a call on blocks of stride_h x stride_w pixels, which has stride 1 (winograd_blocks.cpp); one
+// of stride 1 as it is.
+Conv2dParams conv2d_in_blocks(const Conv2dParams& params);
 // The algorithm that a call with these parameters takes: params.algorithm where it applies, else the first
 // that does.
 Conv2dAlgorithm conv2d_choose(Conv2dDirection direction, const Conv2dParams& params);

@@ -43,10 +43,14 @@ void forward_few_pixels(const Conv2dParams& p);
 template <class T>
 void input_grad_few_pixels(const Conv2dParams& p);
 
-// conv2d/passes.cpp, winograd_weight_grad.cpp: 3x3 or 5x5 taps, stride 1, float32.
+// conv2d/passes.cpp, winograd_weight_grad.cpp: 3x3 to 5x5 taps, stride 1, float32.
 void forward_winograd(const Conv2dParams& p);
 void input_grad_winograd(const Conv2dParams& p);
 void weight_grad_winograd(const Conv2dParams& p);
+
+// conv2d/winograd_blocks.cpp: more taps, of a larger stride; one group.
+void forward_winograd_blocks(const Conv2dParams& p);
+void weight_grad_winograd_blocks(const Conv2dParams& p);
 
 // conv2d/depthwise.cpp, depthwise_weight_grad.cpp: groups of a vector of channels at most, as many filters.
 template <class T>

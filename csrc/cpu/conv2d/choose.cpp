@@ -12,6 +12,8 @@ constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd,    Conv2dAlgor
 // Products a result at which packing (taps, channels) of NCHW from a cache still beats making NHWC of it.
 constexpr int64_t kNchwDepth = 512;
 constexpr int64_t kNchwPixels = 128;
+// Products a result from which on Winograd's algorithm in blocks pays for a transposed y or dy.
+constexpr int64_t kNchwSum = 256;
 // A depth that gemm.cpp does not cut: its end alone may be half a pair.
 constexpr int64_t kUncutDepth = 1024;
 // Beyond, a packed weight is read often enough to pay for its packing.
@@ -55,20 +57,31 @@ bool plain_1x1(const Conv2dParams& p) {
 // Whether products are of bfloat16 in pairs.
 bool in_pairs(const Conv2dParams& p) { return p.dtype == DType::kBFloat16 && multiplies_pairs(); }
 
+bool strided(const Conv2dParams& p) { return p.stride_h * p.stride_w > 1; }
+
 // float32; or bfloat16 in pairs of channels, and then of 3x3.
 bool winograd_type(Conv2dDirection direction, const Conv2dParams& p) {
-  if (p.dtype == DType::kFloat32) return p.R == 3 || p.R == 5;
+  if (p.dtype == DType::kFloat32) return p.R >= 3 && p.R <= 5;
   if (!in_pairs(p) || p.R != 3) return false;
   if (direction == Conv2dDirection::kWeightGrad) return true;  // pairs of tiles
   return (direction == Conv2dDirection::kForward ? p.C : p.K) / p.groups % 2 == 0;
+}
+
+bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p);
+
+// Of a stride, in blocks: of float32 and one group, with no prologue, as padding is in the blocks.
+bool winograd_of_blocks(Conv2dDirection direction, const Conv2dParams& p) {
+  return direction != Conv2dDirection::kInputGrad && p.dtype == DType::kFloat32 && p.groups == 1 &&
+         !p.in_scale && !p.in_relu && applies(Conv2dAlgorithm::kWinograd, direction, conv2d_in_blocks(p));
 }
 
 // Whether the algorithm can compute this at all.
 bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   switch (algorithm) {
     case Conv2dAlgorithm::kWinograd:
-      return winograd_type(direction, p) && p.S == p.R && p.stride_h == 1 && p.stride_w == 1 &&
-             p.dilation_h == 1 && p.dilation_w == 1 && !empty_sum(direction, p);
+      if (strided(p)) return winograd_of_blocks(direction, p);
+      return winograd_type(direction, p) && p.S == p.R && p.dilation_h == 1 && p.dilation_w == 1 &&
+             !empty_sum(direction, p);
     case Conv2dAlgorithm::kDepthwise:
       return narrow_groups(p) && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kGemmNchw:
@@ -108,15 +121,22 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
     return p.S > 1 && !conv2d_packs_pairs(p) && p.K <= kFewPanels * conv2d_panel_columns(p.dtype);
   }
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;
+  const Conv2dParams b = conv2d_in_blocks(p);
+  const int64_t tile = 7 - b.R, tiles = p.N * ceil_div(p.P, tile) * ceil_div(p.Q, tile);
+  // With a stride: for at most half of the products, and of NCHW only long sums, as y or dy is transposed.
+  if (strided(p)) {
+    const int64_t products = p.R * p.S * p.C;
+    if (2 * 36 * b.C > tile * tile * products || (p.nchw && products < kNchwSum)) return false;
+  }
   // A weight gradient of a few tiles is mostly the way back of its sums, 36 for each filter and channel, or
   // 12 in pairs, for two thirds of the products.
-  const int64_t tile = 7 - p.R, tiles = p.N * ceil_div(p.P, tile) * ceil_div(p.Q, tile);
   if (direction == Conv2dDirection::kWeightGrad &&
       (in_pairs(p) ? p.N * p.P * p.Q < kFewRowPixels : tiles < 8)) {
     return false;
   }
   // The transforms cost as much as some ten channels' products, and tiles must not be mostly edge.
-  return p.allow_winograd && p.C / p.groups >= 16 && p.K / p.groups >= 16 && p.P >= 4 && p.Q >= 4;
+  return p.allow_winograd && b.C / p.groups >= (strided(p) ? 12 : 16) && p.K / p.groups >= 16 && p.P >= 4 &&
+         p.Q >= 4;
 }
 
 }  // namespace
@@ -137,6 +157,18 @@ Conv2dParams conv2d_flattened(const Conv2dParams& params) {
   p.C = p.x_pixel = p.R * p.S * p.C;
   p.H = p.W = p.R = p.S = 1;
   p.stride_h = p.stride_w = 1;
+  return p;
+}
+
+Conv2dParams conv2d_in_blocks(const Conv2dParams& params) {
+  Conv2dParams p = params;
+  if (!strided(p)) return p;
+  p.R = ceil_div(p.R, p.stride_h), p.S = ceil_div(p.S, p.stride_w);
+  p.H = p.P + p.R - 1, p.W = p.Q + p.S - 1;
+  p.pad_h = p.pad_w = 0;
+  p.C = p.x_pixel = p.stride_h * p.stride_w * p.C;
+  p.stride_h = p.stride_w = 1;
+  p.packed = nullptr;  // in the order of the taps
   return p;
 }
 

@@ -1,6 +1,6 @@
-// Winograd's F(4x4,3x3) and F(2x2,5x5), forward and input gradient: 36 products for 16 outputs where a direct
-// sum takes 144, or for 4 where it takes 100. With bfloat16 in pairs F(2x2,3x3): 16 products for 4 outputs
-// where a direct sum takes 36.
+// Winograd's F(4x4,3x3), F(3x3,4x4) and F(2x2,5x5), forward and input gradient: 36 products for 16 outputs
+// where a direct sum takes 144, for 9 where it takes 144, or for 4 where it takes 100. With bfloat16 in pairs
+// F(2x2,3x3): 16 products for 4 outputs where a direct sum takes 36.
 //   a block of tiles is transformed (V), as many small matrix products with the transformed filters (U) give
 //   M, and the inverse transform adds bias and residual, rectifies and stores. V and M stay in L2 or near it:
 //   the transformed activations never exist as a whole.
@@ -75,6 +75,7 @@ void transform_filters(const Filters<T, E>& filters, int64_t group, int64_t colu
     panel = packed;
   }
   if constexpr (kWinogradIn<T> == 6) {
+    if (filters.R == 4) return transform_panel<T, 4>(panel, channels, u);
     if (filters.R == 5) return transform_panel<T, 5>(panel, channels, u);
   }
   transform_panel<T, 3>(panel, channels, u);
@@ -129,6 +130,7 @@ void multiply_panel(const Gather<T>& g, const Scatter<T>& to, int64_t columns, i
   }
   auto transform = transform_outputs<T, winograd_out<T>(3)>;
   if constexpr (kWinogradIn<T> == 6) {
+    if (g.R == 4) transform = transform_outputs<T, winograd_out<T>(4)>;
     if (g.R == 5) transform = transform_outputs<T, winograd_out<T>(5)>;
   }
   for (int64_t t = 0; t < tiles; ++t) {

@@ -1,4 +1,4 @@
-// Correlations of 3x3 or 5x5 taps and stride 1 by Winograd's algorithm: see winograd.cpp,
+// Correlations of 3x3 to 5x5 taps and stride 1 by Winograd's algorithm: see winograd.cpp,
 // winograd_transforms.h.
 #pragma once
 

@@ -1,10 +1,11 @@
-// Winograd's F(4,3), F(2,5) and F(2,3): four outputs of a three-tap correlation, or two of a five-tap one,
-// with six multiplications instead of twelve or ten (Lavin, Gray 2016). With x(t), w(t) as polynomials their
-// product is fixed by its values at six points; here 0, a, -a, b, -b and infinity with a = 3/4, b = 3/2,
-// which round better than 0, 1, -1, 2, -2. F(2,3) has four points, 0, 1, -1 and infinity: four
-// multiplications instead of six, and factors of 1 and 1/2 alone, which is what bfloat16's roundings bear.
+// Winograd's F(4,3), F(3,4), F(2,5) and F(2,3): four outputs of a three-tap correlation, three of a four-tap
+// or two of a five-tap one, with six multiplications instead of twelve or ten (Lavin, Gray 2016). With x(t),
+// w(t) as polynomials their product is fixed by its values at six points; here 0, a, -a, b, -b and infinity
+// with a = 3/4, b = 3/2, which round better than 0, 1, -1, 2, -2. F(2,3) has four points, 0, 1, -1 and
+// infinity: four multiplications instead of six, and factors of 1 and 1/2 alone, which is what bfloat16's
+// roundings bear.
 //
-//   y = A^T [(G w) * (B^T x)]         6 values of x, 3 (5) of w, 4 (2) of y
+//   y = A^T [(G w) * (B^T x)]         6 values of x, 3 (4, 5) of w, 4 (3, 2) of y
 //   dw = G^T [(A dy) * (B^T x)]       its weight gradient
 //
 // Each function is one of these matrices times a column of vectors. B is the same for both, and so is the

@@ -1,4 +1,4 @@
-// Weight gradient by Winograd's F(4,3) or F(2,5), transposed: at each of the points, dU = sum over
+// Weight gradient by Winograd's F(4,3), F(3,4) or F(2,5), transposed: at each of the points, dU = sum over
 // tiles of V^T * M, with V the transformed inputs as in winograd.cpp and M the transformed output gradients
 // of a tile; then the points of dU give the taps. The tiles are cut into chunks that have sums of their own,
 // and those into blocks that follow one another: every sum has one order. A thread takes whole chunks, whose
@@ -246,11 +246,9 @@ void weight_grad_winograd(const Conv2dParams& p) {
     of_group.gather = w.gather.of_group(group);
     of_group.dy += group * outputs;
     of_group.dweight += group * outputs * p.R * p.S * channels;
-    if (p.R == 5) {
-      group_weight_grad<5>(of_group);
-    } else {
-      group_weight_grad<3>(of_group);
-    }
+    p.R == 3   ? group_weight_grad<3>(of_group)
+    : p.R == 4 ? group_weight_grad<4>(of_group)
+               : group_weight_grad<5>(of_group);
   }
 }
 

@@ -1,0 +1,119 @@
+// Winograd's algorithm for filters with a stride (a network's first layer). The image is taken in blocks of
+// stride_h x stride_w pixels, each a pixel of stride_h*stride_w*C channels ("space to depth"), and the
+// filters in blocks of as many taps, the last ones filled up with 0: on those the stride is 1. 11x11 of
+// stride 4 on 3 channels is 3x3 on 48: 108 products an output of F(4x4,3x3) where a direct sum takes 363. 7x7
+// of stride 2 is 4x4 on 12: 48 of F(3x3,4x4) where it takes 147.
+#include "cpu/conv2d/algorithms.h"
+#include "cpu/conv2d/pack.h"
+
+namespace cuda_cnn::cpu::CUDA_CNN_ISA {
+namespace {
+
+constexpr int64_t kImageSize = 1048576;  // of images in blocks at once: they stay in L3
+constexpr int64_t kCopyGrain = 16384;    // elements worth a second thread
+
+// What is seen as blocks: position (p, q) is one, with its values in the order of a weight's taps. Behind
+// each row are `spare` blocks of 0.
+struct Blocks {
+  Gather<float> gather;
+  int64_t spare;
+
+  int64_t row_size() const { return (gather.Q + spare) * gather.depth(); }
+  int64_t image_size() const { return gather.P * row_size(); }
+
+  // Rows [begin, end), counted through all images, to `out`, and up to a vector behind the last block.
+  void copy(int64_t begin, int64_t end, float* out) const {
+    for (int64_t row = begin; row < end; ++row, out += row_size()) {
+      pack_positions(gather, row * gather.Q, gather.Q, 0, gather.depth(), out, gather.depth());
+      for (int64_t i = gather.Q * gather.depth(); i < row_size(); ++i) out[i] = 0;
+    }
+  }
+};
+
+// A call of stride 1 for as many images as are seen at once.
+class InBlocks {
+ public:
+  explicit InBlocks(const Conv2dParams& p)
+      : params_(p), call_(conv2d_in_blocks(p)), images_{forward_gather<float>(p), 0} {
+    images_.gather.P = call_.H, images_.gather.Q = call_.W;
+    images_.gather.R = p.stride_h, images_.gather.S = p.stride_w;
+    images_.spare = ceil_div(kLanes<float>, call_.C);  // room for a vector: several threads copy rows
+    call_.W += images_.spare;
+    most_ = min64(max64(1, kImageSize / images_.image_size()), p.N);
+    const int64_t taps = call_.K * call_.R * call_.S * call_.C;
+    memory_ = workspace<float>(Workspace::kBlocks, most_ * images_.image_size() + taps + kLanes<float>);
+    call_.x = memory_;
+  }
+
+  // Room for filters in blocks.
+  float* filters() const { return memory_ + most_ * images_.image_size(); }
+
+  // The weight in blocks: filters are images of R x S pixels.
+  void copy_filters() {
+    const Conv2dParams& p = params_;
+    Conv2dParams weight{};
+    weight.x = p.weight, weight.H = p.R, weight.W = p.S, weight.C = weight.x_pixel = p.C;
+    weight.P = call_.R, weight.Q = call_.S, weight.R = p.stride_h, weight.S = p.stride_w;
+    weight.stride_h = p.stride_h, weight.stride_w = p.stride_w;
+    weight.dilation_h = weight.dilation_w = weight.groups = 1;
+    Blocks{forward_gather<float>(weight), 0}.copy(0, p.K * call_.R, filters());
+    call_.weight = filters();
+  }
+
+  // body(call) in turn.
+  template <class Body>
+  void for_images(const Body& body) {
+    const Conv2dParams& p = params_;
+    const int64_t rows = images_.gather.P;
+    for (int64_t n = 0; n < p.N; n += most_) {
+      call_.N = min64(most_, p.N - n);
+      parallel_for(call_.N * rows, ceil_div(kCopyGrain, images_.row_size()), [&](int64_t begin, int64_t end) {
+        images_.copy(n * rows + begin, n * rows + end, memory_ + begin * images_.row_size());
+      });
+      const int64_t pixel = n * p.P * p.Q;
+      if (p.y) call_.y = static_cast<float*>(p.y) + pixel * p.y_pixel;
+      if (p.dy) call_.dy = static_cast<const float*>(p.dy) + pixel * p.y_pixel;
+      if (p.residual) call_.residual = static_cast<const float*>(p.residual) + pixel * p.residual_pixel;
+      body(static_cast<const Conv2dParams&>(call_));
+    }
+  }
+
+ private:
+  const Conv2dParams& params_;
+  Conv2dParams call_;
+  Blocks images_;
+  int64_t most_;
+  float* memory_;
+};
+
+}  // namespace
+
+void forward_winograd_blocks(const Conv2dParams& p) {
+  InBlocks blocks(p);
+  blocks.copy_filters();
+  blocks.for_images([](const Conv2dParams& call) { forward_winograd(call); });
+}
+
+void weight_grad_winograd_blocks(const Conv2dParams& p) {
+  InBlocks blocks(p);
+  float* const sums = blocks.filters();
+  bool first = true;
+  blocks.for_images([&](Conv2dParams call) {
+    call.dweight = sums;
+    weight_grad_winograd(call);
+    float* to = static_cast<float*>(p.dweight);
+    for (int64_t k = 0; k < p.K; ++k) {
+      for (int64_t r = 0; r < p.R; ++r) {
+        for (int64_t s = 0; s < p.S; ++s, to += p.C) {
+          const int64_t block = (k * call.R + r / p.stride_h) * call.S + s / p.stride_w;
+          const int64_t tap = r % p.stride_h * p.stride_w + s % p.stride_w;
+          const float* from = sums + block * call.C + tap * p.C;
+          for (int64_t c = 0; c < p.C; ++c) to[c] = first ? from[c] : to[c] + from[c];
+        }
+      }
+    }
+    first = false;
+  });
+}
+
+}  // namespace cuda_cnn::cpu::CUDA_CNN_ISA
