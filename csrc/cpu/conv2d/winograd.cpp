@@ -24,6 +24,9 @@ constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kTilesAlone = 8;      // not worth a second thread
 constexpr int64_t kTilesAhead = 2;      // whose outputs are asked for: they are stored in many short runs
 constexpr int64_t kOwnBytes = 2097152;  // of U or V, up to which each thread makes its own
+constexpr int64_t kTilesOfM = 84;       // whose M of one panel, 378 KiB, stays in L2 while U passes by
+constexpr int64_t kStepBytes = 475136;  // of U, which then is in L2 from its making to its use
+constexpr int64_t kTapsAhead = 6;       // channels of them: nine streams, too many to be foreseen
 constexpr int64_t kPad = 16;            // keeps the streams of a transform off one another's cache sets
 
 // U of one panel: [point][channel][kTileColumns] of operands, points u_step apart.
@@ -33,18 +36,22 @@ CUDA_CNN_INLINE int64_t u_step(int64_t channels) {
 }
 CUDA_CNN_INLINE int64_t v_tile_step(int64_t channels) { return ceil_div(channels, kLane) * kLane + kPad; }
 
+// Of `channels` of a panel whose taps are tap_step apart.
 template <class T, int kTaps>
-void transform_panel(const PairOf<T>* panel, int64_t channels, PairOf<T>* u) {
+void transform_panel(const PairOf<T>* panel, int64_t tap_step, int64_t channels, PairOf<T>* u) {
   using E = PairOf<T>;
   constexpr int kIn = kWinogradIn<T>, kDepth = kDepthOf<E>;
-  const int64_t depth = operands<E>(channels);
-  for (int64_t c = 0; c < depth; ++c) {
+  for (int64_t c = 0; c < operands<E>(channels); ++c) {
+    for (int tap = 0; tap < kTaps * kTaps; ++tap) {
+      const E* ahead = panel + tap * tap_step + (c + kTapsAhead) * kColumns;
+      for (int j = 0; j < kTileVectors; ++j) __builtin_prefetch(ahead + j * kLane);
+    }
     for (int j = 0; j < kTileVectors; ++j) {
       V taps[kDepth][kTaps][kTaps], points[kDepth][kIn][kIn];
       for (int r = 0; r < kTaps; ++r) {
         for (int s = 0; s < kTaps; ++s) {
           V values[kDepth];
-          split(values, load(panel + ((r * kTaps + s) * depth + c) * kColumns + j * kLane));
+          split(values, load(panel + (r * kTaps + s) * tap_step + c * kColumns + j * kLane));
           for (int k = 0; k < kDepth; ++k) taps[k][r][s] = values[k];
         }
       }
@@ -63,22 +70,30 @@ void transform_panel(const PairOf<T>* panel, int64_t channels, PairOf<T>* u) {
   }
 }
 
+// Channels [begin, end) of the filters from `column` on.
 template <class T, class E>
-void transform_filters(const Filters<T, E>& filters, int64_t group, int64_t column, int64_t channels, E* u) {
-  const int64_t panel_size = operands<E>(filters.depth()) * kColumns;
+void transform_filters(const Filters<T, E>& filters, int64_t group, int64_t column, int64_t channels,
+                       int64_t begin, int64_t end, E* u) {
+  const int64_t taps = filters.R * filters.R, depth = operands<E>(channels) * kColumns;
   const E* panel = filters.packed;
+  int64_t tap_step = depth;
   if (panel) {
-    panel += (group * ceil_div(filters.columns(), kColumns) + column / kColumns) * panel_size;
+    panel += (group * ceil_div(filters.columns(), kColumns) + column / kColumns) * taps * depth;
+    panel += operands<E>(begin) * kColumns;
   } else {
-    E* packed = workspace<E>(Workspace::kC, panel_size);
-    pack_filters(filters, group, column, 0, filters.depth(), packed);
+    tap_step = operands<E>(end - begin) * kColumns;
+    E* packed = workspace<E>(Workspace::kC, taps * tap_step);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      pack_filters(filters, group, column, tap * channels + begin, tap * channels + end,
+                   packed + tap * tap_step);
+    }
     panel = packed;
   }
   if constexpr (kWinogradIn<T> == 6) {
-    if (filters.R == 4) return transform_panel<T, 4>(panel, channels, u);
-    if (filters.R == 5) return transform_panel<T, 5>(panel, channels, u);
+    if (filters.R == 4) return transform_panel<T, 4>(panel, tap_step, end - begin, u);
+    if (filters.R == 5) return transform_panel<T, 5>(panel, tap_step, end - begin, u);
   }
-  transform_panel<T, 3>(panel, channels, u);
+  transform_panel<T, 3>(panel, tap_step, end - begin, u);
 }
 
 // One vector of channels of one tile: m[point * point_step] to its outputs.
@@ -112,40 +127,55 @@ void transform_outputs(const Gather<T>& g, const Scatter<T>& to, const WinogradT
       });
 }
 
-// The products of one panel with the tiles [begin, end), whose V starts at v, and their outputs.
+// Steps of M [point][tile][kTileColumns].
+CUDA_CNN_INLINE int64_t m_step(int64_t tiles) { return tiles * kColumns + kPad; }
+
+// M of one panel, or what `channels` more add to it, of tiles whose V starts at v.
 template <class T>
-void multiply_panel(const Gather<T>& g, const Scatter<T>& to, int64_t columns, int64_t channel,
-                    const PairOf<T>* u, const T* v, int64_t v_point_step, int64_t begin, int64_t end) {
+void multiply_panel(const PairOf<T>* u, const T* v, int64_t v_point_step, int64_t v_tile_step,
+                    int64_t channels, int64_t columns, int64_t tiles, bool accumulate, float* m) {
   using E = PairOf<T>;
-  const int64_t tiles = end - begin, point_step = tiles * kColumns + kPad,
-                tile_step = v_tile_step(g.channels);
-  float* m = workspace<float>(Workspace::kB, kWinogradPoints<T> * point_step);
   for (int point = 0; point < kWinogradPoints<T>; ++point) {
     for (int64_t t = 0; t < tiles; t += kTileRows) {
       find_tile<E>(TileOperand::kDepthContiguous, min64(tiles - t, kTileRows), columns)(
-          reinterpret_cast<const E*>(v + point * v_point_step + t * tile_step), tile_step / kDepthOf<E>,
-          u + point * u_step<E>(g.channels), operands<E>(g.channels),
-          {m + point * point_step + t * kColumns, kColumns, nullptr, false, false});
+          reinterpret_cast<const E*>(v + point * v_point_step + t * v_tile_step), v_tile_step / kDepthOf<E>,
+          u + point * u_step<E>(channels), operands<E>(channels),
+          {m + point * m_step(tiles) + t * kColumns, kColumns, nullptr, accumulate, false});
     }
   }
+}
+
+// The outputs of tiles [begin, end) of one panel, whose M is m.
+template <class T>
+void store_outputs(const Gather<T>& g, const Scatter<T>& to, int64_t columns, int64_t channel, const float* m,
+                   int64_t begin, int64_t end) {
   auto transform = transform_outputs<T, winograd_out<T>(3)>;
   if constexpr (kWinogradIn<T> == 6) {
     if (g.R == 4) transform = transform_outputs<T, winograd_out<T>(4)>;
     if (g.R == 5) transform = transform_outputs<T, winograd_out<T>(5)>;
   }
-  for (int64_t t = 0; t < tiles; ++t) {
-    if (t + kTilesAhead < tiles) {
-      const WinogradTile ahead = winograd_tile(g, begin + t + kTilesAhead);
+  for (int64_t t = begin; t < end; ++t, m += kColumns) {
+    if (t + kTilesAhead < end) {
+      const WinogradTile ahead = winograd_tile(g, t + kTilesAhead);
       T* out = to.out + ((ahead.n * to.H + ahead.p) * to.W + ahead.q) * to.pixel + channel;
       for (int64_t i = 0; i < min64(g.P - ahead.p, winograd_out<T>(g.R)); ++i, out += to.W * to.pixel) {
         prefetch_output(out, to.pixel, min64(g.Q - ahead.q, winograd_out<T>(g.R)), min64(columns, kColumns));
       }
     }
-    const WinogradTile tile = winograd_tile(g, begin + t);
+    const WinogradTile tile = winograd_tile(g, t);
     for (int64_t j = 0; j < min64(columns, kColumns); j += kLane) {
-      transform(g, to, tile, m + t * kColumns + j, point_step, channel + j, columns - j);
+      transform(g, to, tile, m + j, m_step(end - begin), channel + j, columns - j);
     }
   }
+}
+
+// Channels whose products are summed at once. Of few tiles, M stays in L2 and U is made in steps that do,
+// too. The sums are in these steps whichever schedule: the bits must not depend on the number of threads.
+template <class T>
+int64_t step_channels(int64_t channels, int64_t tiles) {
+  const int64_t bytes = kWinogradPoints<T> * u_step<PairOf<T>>(channels) * 4;
+  const int64_t steps = tiles <= kTilesOfM ? ceil_div(bytes, kStepBytes) : 1;
+  return ceil_div(ceil_div(channels, steps), kLane) * kLane;
 }
 
 template <class T>
@@ -159,38 +189,52 @@ struct Problem {
   int64_t columns() const { return filters.columns(); }
   int64_t panels() const { return ceil_div(columns(), kColumns); }
   bool alone() const { return panels() < num_threads() && tiles < kTilesAlone; }
-  int64_t u_size() const { return kWinogradPoints<T> * u_step<E>(gather.channels); }
-  void transform(int64_t begin, int64_t end, E* u) const {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      transform_filters(filters, group, panel * kColumns, gather.channels, u + (panel - begin) * u_size());
-    }
+  int64_t step() const { return step_channels<T>(gather.channels, tiles); }
+  int64_t steps() const { return ceil_div(gather.channels, step()); }
+  // U of one step of a panel.
+  int64_t u_size() const { return kWinogradPoints<T> * u_step<E>(step()); }
+  void transform(int64_t panel, int64_t i, E* u) const {
+    transform_filters(filters, group, panel * kColumns, gather.channels, i * step(),
+                      min64((i + 1) * step(), gather.channels), u);
   }
-  void multiply(int64_t panel, const E* u, const T* v, int64_t v_step, int64_t begin, int64_t end) const {
-    multiply_panel(gather, scatter, columns() - panel * kColumns, group * columns() + panel * kColumns, u, v,
-                   v_step, begin, end);
+  // Of tiles [begin, end), whose V starts at v; u_of(i) is U of step i.
+  template <class UOf>
+  void multiply(int64_t panel, const UOf& u_of, const T* v, int64_t v_step, int64_t begin,
+                int64_t end) const {
+    const int64_t left = columns() - panel * kColumns, tiles = end - begin, channels = gather.channels;
+    float* m = workspace<float>(Workspace::kB, kWinogradPoints<T> * m_step(tiles));
+    for (int64_t i = 0, c = 0; c < channels; ++i, c += step()) {
+      multiply_panel(u_of(i), v + c, v_step, v_tile_step(channels), min64(step(), channels - c), left, tiles,
+                     i > 0, m);
+    }
+    store_outputs(gather, scatter, left, group * columns() + panel * kColumns, m, begin, end);
   }
 };
 
 template <class T>
 void tiles_over_threads(const Problem<T>& p, int64_t block) {
   using E = PairOf<T>;
-  const int64_t channels = p.gather.channels, v_step = block * v_tile_step(channels) + kPad;
-  const int64_t u_size = p.panels() * p.u_size(), u_bytes = u_size * static_cast<int64_t>(sizeof(E));
+  const int64_t tile_step = v_tile_step(p.gather.channels), v_step = block * tile_step + kPad;
+  const int64_t steps = p.steps(), u_size = p.panels() * steps * p.u_size(),
+                u_bytes = u_size * static_cast<int64_t>(sizeof(E));
   E* shared = u_bytes <= kOwnBytes ? nullptr : workspace<E>(Workspace::kShared, u_size);
+  const auto transform = [&](int64_t begin, int64_t end, E* u) {
+    for (int64_t i = begin; i < end; ++i) p.transform(i / steps, i % steps, u + i * p.u_size());
+  };
   if (shared) {
-    parallel_for(p.panels(), 1,
-                 [&](int64_t begin, int64_t end) { p.transform(begin, end, shared + begin * p.u_size()); });
+    parallel_for(p.panels() * steps, 1, [&](int64_t begin, int64_t end) { transform(begin, end, shared); });
   }
   const int64_t blocks = ceil_div(p.tiles, block);
   parallel_for(blocks, p.alone() ? blocks : 1, [&](int64_t first, int64_t last) {
     T* v = workspace<T>(Workspace::kA, kWinogradPoints<T> * v_step);
     E* u = shared ? shared : workspace<E>(Workspace::kD, u_size);
-    if (!shared) p.transform(0, p.panels(), u);
+    if (!shared) transform(0, p.panels() * steps, u);
     for (int64_t begin = first * block; begin < min64(last * block, p.tiles); begin += block) {
       const int64_t end = min64(begin + block, p.tiles);
-      winograd_inputs(p.gather, begin, end, v, v_step, v_tile_step(channels));
+      winograd_inputs(p.gather, begin, end, v, v_step, tile_step);
       for (int64_t panel = 0; panel < p.panels(); ++panel) {
-        p.multiply(panel, u + panel * p.u_size(), v, v_step, begin, end);
+        const auto u_of = [&](int64_t i) { return u + (panel * steps + i) * p.u_size(); };
+        p.multiply(panel, u_of, v, v_step, begin, end);
       }
     }
   });
@@ -199,8 +243,7 @@ void tiles_over_threads(const Problem<T>& p, int64_t block) {
 template <class T>
 void filters_over_threads(const Problem<T>& p, int64_t block) {
   using E = PairOf<T>;
-  const int64_t channels = p.gather.channels, tile_step = v_tile_step(channels),
-                v_step = block * tile_step + kPad;
+  const int64_t tile_step = v_tile_step(p.gather.channels), v_step = block * tile_step + kPad;
   const int64_t v_size = kWinogradPoints<T> * v_step, v_bytes = v_size * static_cast<int64_t>(sizeof(T));
   T* shared = v_bytes <= kOwnBytes ? nullptr : workspace<T>(Workspace::kShared, v_size);
   for (int64_t begin = 0; begin < p.tiles; begin += block) {
@@ -215,10 +258,16 @@ void filters_over_threads(const Problem<T>& p, int64_t block) {
       T* v = shared ? shared : workspace<T>(Workspace::kA, v_size);
       if (!shared) winograd_inputs(p.gather, begin, end, v, v_step, tile_step);
       for (int64_t panel = first; panel < last; ++panel) {
-        p.transform(panel, panel + 1, u);
+        const auto made = [&](int64_t i) { return p.transform(panel, i, u), u; };
+        const auto kept = [&](int64_t) { return u; };
+        if (p.tiles <= kTilesOfM) {
+          p.multiply(panel, made, v, v_step, begin, end);
+          continue;
+        }
+        made(0);  // the only step
         // M of 56 tiles: 36 * 56 * 32 * 4 bytes = 252 KiB of L2.
         for (int64_t t = begin; t < end; t += 56) {
-          p.multiply(panel, u, v + (t - begin) * tile_step, v_step, t, min64(t + 56, end));
+          p.multiply(panel, kept, v + (t - begin) * tile_step, v_step, t, min64(t + 56, end));
         }
       }
     });
