@@ -13,7 +13,7 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
 struct WeightGradCut {
-  int64_t ranges, range, parts, chunks, chunk, block;
+  int64_t ranges, parts, chunks, chunk, block;
 
   int64_t tasks(int64_t groups) const { return ranges * parts * chunks * groups; }
 };
@@ -44,8 +44,7 @@ WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int
   WeightGradCut cut{};
   cut.ranges = ceil_div(depth, kRangeDepth);
   if (cut.ranges > 1) cut.ranges = ceil_div(cut.ranges, 4) * 4;  // even loads for 2 and 4 threads
-  cut.range = ceil_div(ceil_div(depth, cut.ranges), kTileRows) * kTileRows;
-  cut.ranges = ceil_div(depth, cut.range);
+  cut.ranges = min64(cut.ranges, ceil_div(depth, kTileRows));
   // Another part packs x again: pixels * depth. Another chunk writes, reads and adds its sums: depth * k.
   const int64_t most_parts = panels / 2, most_chunks = pixels / (2 * block_pixels);
   const int64_t wanted = ceil_div(tasks, cut.ranges * groups);
@@ -142,7 +141,8 @@ void accumulate(const WeightGradTask<T>& t) {
     } else if constexpr (kDepth == 1) {
       pack_planes(t.gather, t.nchw_end, pixel, count, t.d_begin, t.d_end, {packed, t.block, step, 0});
     }
-    Prefetch next_x = prefetch_rows(a + count * step, step, d_count, in_place ? next_count : 0);
+    Prefetch next_x = prefetch_rows(t.gather.source + next * t.gather.pixel + t.d_begin, t.gather.pixel,
+                                    d_count, !nchw && t.gather.of_pixels() ? next_count : 0);
     Prefetch next_dy = prefetch_rows(t.dy + next * t.dy_pixel + t.panel_begin * kColumns, t.dy_pixel,
                                      (t.panel_end - t.panel_begin) * kColumns, nchw ? 0 : next_count);
     for (int64_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
@@ -187,6 +187,7 @@ void weight_grad_of(const Conv2dParams& p) {
   const int64_t panel_size = depth * kColumns, group_size = panels * panel_size,
                 chunk_size = p.groups * group_size;
   const int64_t block_pixels = p.nchw ? kBlockPixelsNchw : kBlockPixels * kDepthOf<E> * kDepthOf<E>;
+  const int64_t tiles = ceil_div(depth, kTileRows);  // of x, in ranges of as many
   const WeightGradCut cut = cut_weight_grad(pixels, depth, panels, p.groups, block_pixels);
   Acc* sums = workspace<Acc>(Workspace::kShared, pixels <= block_pixels ? 0 : cut.chunks * chunk_size);
 
@@ -199,7 +200,8 @@ void weight_grad_of(const Conv2dParams& p) {
                           dy + group * outputs * dy_channel, p.y_pixel, outputs, nchw_end};
       t.pixel_begin = chunk * cut.chunk, t.pixel_end = min64(pixels, t.pixel_begin + cut.chunk);
       t.block = cut.block;
-      t.d_begin = range * cut.range, t.d_end = min64(depth, t.d_begin + cut.range);
+      t.d_begin = tiles * range / cut.ranges * kTileRows;
+      t.d_end = min64(depth, tiles * (range + 1) / cut.ranges * kTileRows);
       t.panel_begin = panels * part / cut.parts, t.panel_end = panels * (part + 1) / cut.parts;
       t.sums = sums + chunk * chunk_size + group * group_size;
       t.dweight = cut.chunks == 1 ? static_cast<T*>(p.dweight) + group * outputs * depth : nullptr;
