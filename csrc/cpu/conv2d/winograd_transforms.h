@@ -155,12 +155,13 @@ CUDA_CNN_INLINE void filter_transposed(V (&w)[kTaps], const V (&u)[4]) {
 }
 
 // A square of vectors through one of these matrices on both sides: M from M^T, with from(i, j) and
-// to(i, j, value). A column or a row of it is in registers, which are too few for all.
+// to(i, j, value). 16 registers hold a column or a row of it, one at a time; of 32 several overlap.
+constexpr int kColumnsAtOnce = kLanes<float> == 16 ? 6 : 1;
 template <int kTo, int kFrom, class From, class To>
 CUDA_CNN_INLINE void transform_square(void (*matrix)(V (&)[kTo], const V (&)[kFrom]), const From& from,
                                       const To& to) {
   V half[kTo][kFrom];
-#pragma GCC unroll 1
+#pragma GCC unroll kColumnsAtOnce
   for (int j = 0; j < kFrom; ++j) {
     V column[kFrom], result[kTo];
 #pragma GCC unroll 6
@@ -169,7 +170,7 @@ CUDA_CNN_INLINE void transform_square(void (*matrix)(V (&)[kTo], const V (&)[kFr
 #pragma GCC unroll 6
     for (int i = 0; i < kTo; ++i) half[i][j] = result[i];
   }
-#pragma GCC unroll 1
+#pragma GCC unroll kColumnsAtOnce
   for (int i = 0; i < kTo; ++i) {
     V row[kTo];
     matrix(row, half[i]);
