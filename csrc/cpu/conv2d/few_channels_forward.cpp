@@ -3,7 +3,6 @@
 // with its padding, and a tile reads its rows there: neighbouring positions are stride_w pixels apart, and
 // each row of taps is a run of S*C elements.
 #include "cpu/conv2d/gemm.h"
-#include "cpu/conv2d/prefetch.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
 
@@ -33,7 +32,6 @@ struct Band {
     Acc sums[kTileRows * kColumns];
     TileOutput<Acc> sum{sums, kColumns, nullptr, false, false};
     if (direct) sum.c = reinterpret_cast<Acc*>(out), sum.step = to.pixel;
-    if (direct) prefetch_output(out, to.pixel, rows, kColumns);
     const TileOfRuns<Acc> add = find_tile_of_runs<Acc>(rows, count);
     for (int64_t r = 0; r < g.R; r += runs) {
       const bool last = r + runs >= g.R;

@@ -29,6 +29,7 @@ constexpr int64_t kBlockRows = 168;
 constexpr int64_t kBlockBytes = 344064;
 constexpr int64_t kGroupBytes = 262144;  // of panels that stay there beside A
 constexpr int64_t kPieceBytes = 16384;   // of A, packed for the tiles that follow, which find it in L1
+constexpr int64_t kLinesToL1 = 128;      // of the source's rows for the next tile; more of them to L2
 constexpr int64_t kKeptBytes = 2097152;  // of a thread's own panels
 // Rows so far apart, or a multiple of it, share a set of L1: 8 lines.
 constexpr int64_t kSetsBytes = 4096;
@@ -224,6 +225,7 @@ void run_task(Task<T, E> t) {
         const int64_t ahead = t.position + i + (packs ? piece : kTileRows);
         Prefetch next = prefetch_rows(gather.source + ahead * gather.pixel + begin, gather.pixel, end - begin,
                                       reads && gather.of_pixels() ? kTileRows : 0);
+        next.to_l2 = next.count() > kLinesToL1;
         const int64_t lines = ceil_div(next.count(), ceil_div(depth, kChain) * (group_end - first));
         for (int64_t panel = first; panel < group_end; ++panel) {
           const int64_t columns = min64(t.columns - panel * kColumns, kColumns);
@@ -235,7 +237,6 @@ void run_task(Task<T, E> t) {
           if (direct) {
             out.c = reinterpret_cast<Acc*>(t.scatter.out) + (t.position + i) * t.scatter.pixel + channel;
             out.step = t.scatter.pixel;
-            prefetch_output(out.c, out.step, rows, kColumns);
           }
           const Tile<E> tile = find_tile<E>(TileOperand::kDepthContiguous, rows, columns);
           for (int64_t d = 0; d < depth; d += kChain) {

@@ -10,11 +10,16 @@ struct Prefetch {
   const char* row;
   int64_t row_step, row_bytes, rows_left;
   int64_t at = 0;
+  bool to_l2 = false;  // of many lines: L1 waits for few at a time
 
   int64_t count() const { return rows_left * ceil_div(row_bytes, 64); }
   CUDA_CNN_INLINE void lines(int64_t count) {
     for (; count > 0 && rows_left > 0; --count) {
-      __builtin_prefetch(row + at);
+      if (to_l2) {
+        __builtin_prefetch(row + at, 0, 2);
+      } else {
+        __builtin_prefetch(row + at);
+      }
       at += 64;
       if (at < row_bytes) continue;
       at = 0;
@@ -30,7 +35,7 @@ CUDA_CNN_INLINE Prefetch prefetch_rows(const T* rows, int64_t pixel, int64_t col
   return {reinterpret_cast<const char*>(rows), pixel * size, columns * size, count};
 }
 
-// Asks for the lines that a tile is going to write: they come while it computes.
+// Asks for the lines that are written soon.
 template <class T>
 CUDA_CNN_INLINE void prefetch_output(const T* c, int64_t step, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i, c += step) {

@@ -53,6 +53,28 @@ CUDA_CNN_INLINE void store_tile(const Vec<Accumulator<E>> (&sums)[kRows][kVector
   }
 }
 
+// The lines that a tile is going to write, asked for row by row while it computes. All at once they would be
+// more than L1 waits for at a time, and what computes would wait too.
+template <class E, int kRows, int kVectors>
+struct OutputAhead {
+  const char* row;
+  int64_t step;
+  int left = kRows;
+
+  explicit OutputAhead(const TileOutput<Accumulator<E>>& out)
+      : row(reinterpret_cast<const char*>(out.c)), step(out.step * sizeof(Accumulator<E>)) {
+    if (kDepthOf<E> == 1 || !out.narrowed) return;
+    row = reinterpret_cast<const char*>(out.narrowed), step = out.narrowed_step * sizeof(BFloat16);
+  }
+  CUDA_CNN_INLINE void next() {
+    if (left == 0) return;
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) __builtin_prefetch(row + j * kVectorBytes, 1);
+    row += step;
+    --left;
+  }
+};
+
 // sum += a * b, in the sum's register. In a long loop for 16 registers g++ would have another take it here
 // and there, then lack one, and a sum that passes through memory takes longer than the multiply-adds beside
 // it.
@@ -114,7 +136,8 @@ CUDA_CNN_INLINE void join_sets(Vec<Accumulator<E>> (&sums)[kSets<kVectors>][kRow
 // [p + step] or [p + 2*step], which are addressing modes.
 template <class E, int kRows, int kVectors>
 CUDA_CNN_INLINE void add_depth(Vec<Accumulator<E>> (&sums)[kSets<kVectors>][kRows][kVectors], const E* a,
-                               int64_t a_step, const E*& b, int64_t depth) {
+                               int64_t a_step, const E*& b, int64_t depth,
+                               OutputAhead<E, kRows, kVectors>& ahead) {
   constexpr int kUnroll = 4, kGroups = (kRows + 2) / 3;
   const E* rows[kGroups];
 #pragma GCC unroll 5
@@ -125,6 +148,7 @@ CUDA_CNN_INLINE void add_depth(Vec<Accumulator<E>> (&sums)[kSets<kVectors>][kRow
     for (int g = 0; g < kGroups; ++g) rows[g] += steps;
   };
   for (; depth >= kUnroll; depth -= kUnroll) {
+    ahead.next();
 #pragma GCC unroll 4
     for (int d = 0; d < kUnroll; ++d) {
       opaque(b);
@@ -147,7 +171,8 @@ template <class E, int kRows, int kVectors>
 void depth_contiguous(const E* a, int64_t a_step, const E* b, int64_t depth,
                       const TileOutput<Accumulator<E>>& out) {
   Vec<Accumulator<E>> sums[kSets<kVectors>][kRows][kVectors] = {};
-  add_depth<E, kRows, kVectors>(sums, a, a_step, b, depth);
+  OutputAhead<E, kRows, kVectors> ahead(out);
+  add_depth<E, kRows, kVectors>(sums, a, a_step, b, depth, ahead);
   join_sets<E, kRows, kVectors>(sums);
   store_tile<E, kRows, kVectors>(sums[0], out);
 }
@@ -156,7 +181,8 @@ template <class E, int kRows, int kVectors>
 void runs_contiguous(const E* a, int64_t a_step, int64_t runs, int64_t run, int64_t run_step, const E* b,
                      const TileOutput<Accumulator<E>>& out) {
   Vec<Accumulator<E>> sums[kSets<kVectors>][kRows][kVectors] = {};
-  for (; runs > 0; --runs, a += run_step) add_depth<E, kRows, kVectors>(sums, a, a_step, b, run);
+  OutputAhead<E, kRows, kVectors> ahead(out);
+  for (; runs > 0; --runs, a += run_step) add_depth<E, kRows, kVectors>(sums, a, a_step, b, run, ahead);
   join_sets<E, kRows, kVectors>(sums);
   store_tile<E, kRows, kVectors>(sums[0], out);
 }
