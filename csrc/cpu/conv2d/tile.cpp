@@ -192,6 +192,7 @@ void row_contiguous(const E* a, int64_t a_step, const E* b, int64_t depth,
                     const TileOutput<Accumulator<E>>& out) {
   constexpr int kSteps = kSets<kVectors>;
   Vec<Accumulator<E>> sums[kSteps][kRows][kVectors] = {};
+  OutputAhead<E, kRows, kVectors> ahead(out);
   const auto step = [&](int set) __attribute__((always_inline)) {
     opaque(a);
     opaque(b);
@@ -200,6 +201,7 @@ void row_contiguous(const E* a, int64_t a_step, const E* b, int64_t depth,
     b += kTileColumns<E>;
   };
   for (; depth >= kSteps; depth -= kSteps) {
+    if (kSteps == 2 || depth % 2 == 0) ahead.next();
 #pragma GCC unroll 2
     for (int set = 0; set < kSteps; ++set) step(set);
   }

@@ -145,6 +145,8 @@ void accumulate(const WeightGradTask<T>& t) {
                                     d_count, !nchw && t.gather.of_pixels() ? next_count : 0);
     Prefetch next_dy = prefetch_rows(t.dy + next * t.dy_pixel + t.panel_begin * kColumns, t.dy_pixel,
                                      (t.panel_end - t.panel_begin) * kColumns, nchw ? 0 : next_count);
+    const int64_t tiles = ceil_div(d_count, kTileRows) * (t.panel_end - t.panel_begin);
+    const int64_t x_lines = ceil_div(next_x.count(), tiles), dy_lines = ceil_div(next_dy.count(), tiles);
     for (int64_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
       const int64_t k = panel * kColumns;
       pack_dy(t, pixel, count, k, b);
@@ -153,8 +155,8 @@ void accumulate(const WeightGradTask<T>& t) {
         find_tile<E>(operand, min64(d_count - d, kTileRows), t.outputs - k)(
             a + d * (nchw ? step : 1), step, b, operands<E>(count),
             {sums + d * kColumns, kColumns, nullptr, pixel > t.pixel_begin, false});
-        next_x.lines(16);
-        next_dy.lines(16);
+        next_x.lines(x_lines);
+        next_dy.lines(dy_lines);
       }
       if (t.dweight && pixel + count == t.pixel_end) {
         unpack_panel_transposed(sums, t.outputs - k, d_count, t.dweight + k * depth + t.d_begin, depth);
