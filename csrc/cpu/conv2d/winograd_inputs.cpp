@@ -28,11 +28,12 @@ struct InputTiles {
     return {g.source + ((t.n * g.H + h) * g.W + w) * g.pixel, max64(-h, 0), g.H - h, max64(-w, 0), g.W - w};
   }
 
-  // Asks for the line at channel c of what a tile does not share with its neighbour before it.
+  // Asks for the line at channel c of what a tile does not share with its neighbour before it: for L2, as L1
+  // waits for few lines at a time.
   CUDA_CNN_INLINE void prefetch(const Square& tile, int64_t c) const {
     const T* row = tile.origin + c;
     for (int i = 0; i < kIn; ++i, row += g.W * g.pixel) {
-      for (int j = kIn - winograd_out<T>(3); j < kIn; ++j) __builtin_prefetch(row + j * g.pixel);
+      for (int j = kIn - winograd_out<T>(3); j < kIn; ++j) __builtin_prefetch(row + j * g.pixel, 0, 2);
     }
   }
 
