@@ -27,6 +27,7 @@ constexpr int64_t kBlockPixelsNchw =
     192;                              // both operands are packed: longer chains write sums back less often
 constexpr int64_t kRangeDepth = 448;  // x's block: 64 * 448 * 4 bytes = 112 KiB, a quarter of a small L2
 constexpr int64_t kRowsAtOnce = 16;   // of x, packed before they are paired: 14 KiB
+constexpr int64_t kLinesToL1 = 24;    // of the next block for a tile; more of them to L2
 constexpr int64_t kTasks = 8;
 constexpr int64_t kWorthATask = 200000;  // multiply-adds
 
@@ -147,6 +148,8 @@ void accumulate(const WeightGradTask<T>& t) {
                                      (t.panel_end - t.panel_begin) * kColumns, nchw ? 0 : next_count);
     const int64_t tiles = ceil_div(d_count, kTileRows) * (t.panel_end - t.panel_begin);
     const int64_t x_lines = ceil_div(next_x.count(), tiles), dy_lines = ceil_div(next_dy.count(), tiles);
+    next_x.to_l2 = x_lines > kLinesToL1;
+    next_dy.to_l2 = dy_lines > kLinesToL1;
     for (int64_t panel = t.panel_begin; panel < t.panel_end; ++panel) {
       const int64_t k = panel * kColumns;
       pack_dy(t, pixel, count, k, b);
