@@ -23,7 +23,8 @@ constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kTilesAlone = 8;      // not worth a second thread
 constexpr int64_t kTilesAhead = 2;      // whose outputs are asked for: they are stored in many short runs
-constexpr int64_t kOwnBytes = 2097152;  // of U or V, up to which each thread makes its own
+constexpr int64_t kOwnU = 4194304;      // bytes up to which each thread makes its own
+constexpr int64_t kOwnV = 2097152;      // likewise
 constexpr int64_t kTilesOfM = 84;       // whose M of one panel, 378 KiB, stays in L2 while U passes by
 constexpr int64_t kStepBytes = 475136;  // of U, which then is in L2 from its making to its use
 constexpr int64_t kTapsAhead = 6;       // channels of them: nine streams, too many to be foreseen
@@ -217,7 +218,7 @@ void tiles_over_threads(const Problem<T>& p, int64_t block) {
   const int64_t tile_step = v_tile_step(p.gather.channels), v_step = block * tile_step + kPad;
   const int64_t steps = p.steps(), u_size = p.panels() * steps * p.u_size(),
                 u_bytes = u_size * static_cast<int64_t>(sizeof(E));
-  E* shared = u_bytes <= kOwnBytes ? nullptr : workspace<E>(Workspace::kShared, u_size);
+  E* shared = u_bytes <= kOwnU ? nullptr : workspace<E>(Workspace::kShared, u_size);
   const auto transform = [&](int64_t begin, int64_t end, E* u) {
     for (int64_t i = begin; i < end; ++i) p.transform(i / steps, i % steps, u + i * p.u_size());
   };
@@ -245,7 +246,7 @@ void filters_over_threads(const Problem<T>& p, int64_t block) {
   using E = PairOf<T>;
   const int64_t tile_step = v_tile_step(p.gather.channels), v_step = block * tile_step + kPad;
   const int64_t v_size = kWinogradPoints<T> * v_step, v_bytes = v_size * static_cast<int64_t>(sizeof(T));
-  T* shared = v_bytes <= kOwnBytes ? nullptr : workspace<T>(Workspace::kShared, v_size);
+  T* shared = v_bytes <= kOwnV ? nullptr : workspace<T>(Workspace::kShared, v_size);
   for (int64_t begin = 0; begin < p.tiles; begin += block) {
     const int64_t end = min64(begin + block, p.tiles);
     if (shared) {

@@ -9,8 +9,8 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int64_t kImageSize = 1048576;  // of images in blocks at once: they stay in L3
-constexpr int64_t kCopyGrain = 16384;    // elements worth a second thread
+constexpr int64_t kCopySize = 1048576;  // of what is in blocks at once: it stays in L3
+constexpr int64_t kCopyGrain = 16384;   // elements worth a second thread
 
 // What is seen as blocks: position (p, q) is one, with its values in the order of a weight's taps. Behind
 // each row are `spare` blocks of 0.
@@ -30,7 +30,7 @@ struct Blocks {
   }
 };
 
-// A call of stride 1 for as many images as are seen at once.
+// Calls of stride 1, each for some images or, of large ones, for a band of rows.
 class InBlocks {
  public:
   explicit InBlocks(const Conv2dParams& p)
@@ -39,14 +39,17 @@ class InBlocks {
     images_.gather.R = p.stride_h, images_.gather.S = p.stride_w;
     images_.spare = ceil_div(kLanes<float>, call_.C);  // room for a vector: several threads copy rows
     call_.W += images_.spare;
-    most_ = min64(max64(1, kImageSize / images_.image_size()), p.N);
+    count_ = min64(max64(1, kCopySize / images_.image_size()), p.N);
+    const int64_t tile = 7 - call_.R, rows = kCopySize / images_.row_size() - (call_.R - 1);
+    band_ = images_.image_size() <= kCopySize ? p.P : min64(max64(1, rows / tile) * tile, p.P);
+    size_ = count_ * (band_ + call_.R - 1) * images_.row_size();
     const int64_t taps = call_.K * call_.R * call_.S * call_.C;
-    memory_ = workspace<float>(Workspace::kBlocks, most_ * images_.image_size() + taps + kLanes<float>);
+    memory_ = workspace<float>(Workspace::kBlocks, size_ + taps + kLanes<float>);
     call_.x = memory_;
   }
 
   // Room for filters in blocks.
-  float* filters() const { return memory_ + most_ * images_.image_size(); }
+  float* filters() const { return memory_ + size_; }
 
   // The weight in blocks: filters are images of R x S pixels.
   void copy_filters() {
@@ -62,27 +65,35 @@ class InBlocks {
 
   // body(call) in turn.
   template <class Body>
-  void for_images(const Body& body) {
+  void for_each(const Body& body) {
     const Conv2dParams& p = params_;
-    const int64_t rows = images_.gather.P;
-    for (int64_t n = 0; n < p.N; n += most_) {
-      call_.N = min64(most_, p.N - n);
-      parallel_for(call_.N * rows, ceil_div(kCopyGrain, images_.row_size()), [&](int64_t begin, int64_t end) {
-        images_.copy(n * rows + begin, n * rows + end, memory_ + begin * images_.row_size());
-      });
-      const int64_t pixel = n * p.P * p.Q;
-      if (p.y) call_.y = static_cast<float*>(p.y) + pixel * p.y_pixel;
-      if (p.dy) call_.dy = static_cast<const float*>(p.dy) + pixel * p.y_pixel;
-      if (p.residual) call_.residual = static_cast<const float*>(p.residual) + pixel * p.residual_pixel;
-      body(static_cast<const Conv2dParams&>(call_));
+    for (int64_t n = 0; n < p.N; n += count_) {
+      for (int64_t row = 0; row < p.P; row += band_) {
+        call_.N = min64(count_, p.N - n), call_.P = min64(band_, p.P - row);
+        call_.H = call_.P + call_.R - 1;
+        copy_rows(n * images_.gather.P + row);
+        const int64_t pixel = (n * p.P + row) * p.Q;
+        if (p.y) call_.y = static_cast<float*>(p.y) + pixel * p.y_pixel;
+        if (p.dy) call_.dy = static_cast<const float*>(p.dy) + pixel * p.y_pixel;
+        if (p.residual) call_.residual = static_cast<const float*>(p.residual) + pixel * p.residual_pixel;
+        body(static_cast<const Conv2dParams&>(call_));
+      }
     }
   }
 
  private:
+  // Those of the call, which follow one another: several images are whole.
+  void copy_rows(int64_t first) {
+    const int64_t row_size = images_.row_size();
+    parallel_for(call_.N * call_.H, ceil_div(kCopyGrain, row_size), [&](int64_t begin, int64_t end) {
+      images_.copy(first + begin, first + end, memory_ + begin * row_size);
+    });
+  }
+
   const Conv2dParams& params_;
   Conv2dParams call_;
   Blocks images_;
-  int64_t most_;
+  int64_t count_, band_, size_;
   float* memory_;
 };
 
@@ -91,14 +102,14 @@ class InBlocks {
 void forward_winograd_blocks(const Conv2dParams& p) {
   InBlocks blocks(p);
   blocks.copy_filters();
-  blocks.for_images([](const Conv2dParams& call) { forward_winograd(call); });
+  blocks.for_each([](const Conv2dParams& call) { forward_winograd(call); });
 }
 
 void weight_grad_winograd_blocks(const Conv2dParams& p) {
   InBlocks blocks(p);
   float* const sums = blocks.filters();
   bool first = true;
-  blocks.for_images([&](Conv2dParams call) {
+  blocks.for_each([&](Conv2dParams call) {
     call.dweight = sums;
     weight_grad_winograd(call);
     float* to = static_cast<float*>(p.dweight);

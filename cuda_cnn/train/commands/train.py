@@ -6,6 +6,7 @@ Several processes, each with its part of every batch: `torchrun --nproc-per-node
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -118,7 +119,8 @@ def main(args: argparse.Namespace) -> int:
             print(
                 f"{error}. The last checkpoint is whole. Continue with: {again}", file=sys.stderr, flush=True
             )
-            return 1
+            sys.stdout.flush()
+            os._exit(1)  # at once: a thread of the broken exchange that frees a tensor while Python ends aborts
         if first:
             _conclude(args, trainer, result, out, time.perf_counter() - began)
     return 0
