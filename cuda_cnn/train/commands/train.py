@@ -120,7 +120,9 @@ def main(args: argparse.Namespace) -> int:
                 f"{error}. The last checkpoint is whole. Continue with: {again}", file=sys.stderr, flush=True
             )
             sys.stdout.flush()
-            os._exit(1)  # at once: a thread of the broken exchange that frees a tensor while Python ends aborts
+            os._exit(
+                1
+            )  # at once: a thread of the broken exchange that frees a tensor while Python ends aborts
         if first:
             _conclude(args, trainer, result, out, time.perf_counter() - began)
     return 0
