@@ -26,7 +26,7 @@ test: build ## the whole test suite
 bench: build ## every kernel against torch's vendor library
 	$(PY) -m pytest benchmarks --benchmark-enable $(ARGS)
 
-RESULTS ?= benchmarks/results/amd-epyc-avx2-2-threads
+RESULTS ?= benchmarks/results/amd-epyc-avx512_bf16-2-threads
 figures: build ## README's table of speeds, docs/measured.md and its figures, from benchmarks/results/
 	$(PY) -m cuda_cnn bench --readme $(RESULTS)
 
