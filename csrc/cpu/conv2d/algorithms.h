@@ -43,12 +43,12 @@ void forward_few_pixels(const Conv2dParams& p);
 template <class T>
 void input_grad_few_pixels(const Conv2dParams& p);
 
-// conv2d/passes.cpp, winograd_weight_grad.cpp: 3x3 to 5x5 taps, stride 1, float32.
+// conv2d/passes.cpp, winograd_weight_grad.cpp: 3x3 to 5x5 taps and stride 1, or a stride by way of the next.
 void forward_winograd(const Conv2dParams& p);
 void input_grad_winograd(const Conv2dParams& p);
 void weight_grad_winograd(const Conv2dParams& p);
 
-// conv2d/winograd_blocks.cpp: more taps, of a larger stride; one group.
+// conv2d/winograd_blocks.cpp: as many blocks of taps, of a larger stride; float32, one group.
 void forward_winograd_blocks(const Conv2dParams& p);
 void weight_grad_winograd_blocks(const Conv2dParams& p);
 

@@ -67,21 +67,20 @@ bool winograd_type(Conv2dDirection direction, const Conv2dParams& p) {
   return (direction == Conv2dDirection::kForward ? p.C : p.K) / p.groups % 2 == 0;
 }
 
-bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p);
-
-// Of a stride, in blocks: of float32 and one group, with no prologue, as padding is in the blocks.
-bool winograd_of_blocks(Conv2dDirection direction, const Conv2dParams& p) {
-  return direction != Conv2dDirection::kInputGrad && p.dtype == DType::kFloat32 && p.groups == 1 &&
-         !p.in_scale && !p.in_relu && applies(Conv2dAlgorithm::kWinograd, direction, conv2d_in_blocks(p));
+// With a stride, in blocks: of float32 and one group, with no prologue, as padding is in the blocks.
+bool winograd_applies(Conv2dDirection direction, const Conv2dParams& p) {
+  const Conv2dParams b = conv2d_in_blocks(p);
+  const bool in_blocks = direction != Conv2dDirection::kInputGrad && p.dtype == DType::kFloat32 &&
+                         p.groups == 1 && !p.in_scale && !p.in_relu;
+  return winograd_type(direction, b) && b.S == b.R && p.dilation_h == 1 && p.dilation_w == 1 &&
+         !empty_sum(direction, p) && (!strided(p) || in_blocks);
 }
 
 // Whether the algorithm can compute this at all.
 bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dParams& p) {
   switch (algorithm) {
     case Conv2dAlgorithm::kWinograd:
-      if (strided(p)) return winograd_of_blocks(direction, p);
-      return winograd_type(direction, p) && p.S == p.R && p.dilation_h == 1 && p.dilation_w == 1 &&
-             !empty_sum(direction, p);
+      return winograd_applies(direction, p);
     case Conv2dAlgorithm::kDepthwise:
       return narrow_groups(p) && !p.in_scale && !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kGemmNchw:

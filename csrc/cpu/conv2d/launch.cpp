@@ -10,7 +10,7 @@ void conv2d_forward(const Conv2dParams& unflattened) {
     using T = decltype(type);
     switch (algorithm) {
       case Conv2dAlgorithm::kWinograd:
-        params.stride_h* params.stride_w == 1 ? forward_winograd(params) : forward_winograd_blocks(params);
+        forward_winograd(params);
         break;
       case Conv2dAlgorithm::kDepthwise:
         forward_depthwise<T>(params);
@@ -68,8 +68,7 @@ void conv2d_weight_grad(const Conv2dParams& unflattened) {
     if (!params.dweight || params.K * params.R * params.S * params.C == 0) return;
     switch (algorithm) {
       case Conv2dAlgorithm::kWinograd:
-        return params.stride_h * params.stride_w == 1 ? weight_grad_winograd(params)
-                                                      : weight_grad_winograd_blocks(params);
+        return weight_grad_winograd(params);
       case Conv2dAlgorithm::kDepthwise:
         return weight_grad_depthwise<T>(params);
       case Conv2dAlgorithm::kGemm:

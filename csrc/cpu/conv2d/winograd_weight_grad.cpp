@@ -216,6 +216,7 @@ void group_weight_grad(const Sums& w) {
 }  // namespace
 
 void weight_grad_winograd(const Conv2dParams& p) {
+  if (p.stride_h * p.stride_w > 1) return weight_grad_winograd_blocks(p);
 #if defined(CUDA_CNN_HAS_PAIRS)
   if (p.dtype == DType::kBFloat16) return weight_grad_winograd_rows(p);
 #endif
