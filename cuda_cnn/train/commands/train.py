@@ -120,9 +120,8 @@ def main(args: argparse.Namespace) -> int:
                 f"{error}. The last checkpoint is whole. Continue with: {again}", file=sys.stderr, flush=True
             )
             sys.stdout.flush()
-            os._exit(
-                1
-            )  # at once: a thread of the broken exchange that frees a tensor while Python ends aborts
+            # At once: a thread of the broken exchange that frees a tensor while Python ends would abort.
+            os._exit(1)
         if first:
             _conclude(args, trainer, result, out, time.perf_counter() - began)
     return 0
