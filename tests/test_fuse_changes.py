@@ -1,6 +1,7 @@
 """What happens to a fused network between its calls: copies, new weights and layers, hooks, `unfuse`."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -10,6 +11,7 @@ from test_fuse import assert_same, build, images
 from torch import nn
 
 import cuda_cnn
+from cuda_cnn.fuse import layers
 
 
 def test_parameters_state_and_class_stay_and_unfuse_leaves_no_trace():
@@ -91,6 +93,57 @@ def test_values_kept_for_inference_are_never_those_of_memory_used_again():
             del model[0].weight
             model[0].weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
             assert torch.allclose(model(x), cuda_cnn.unfuse(copy.deepcopy(model))(x))
+
+
+def test_settings_written_between_calls_are_seen():
+    model, x = build("bottlenecks").eval(), images()
+    cuda_cnn.fuse(model)
+    with torch.no_grad():
+        for write in (
+            lambda: setattr(model[1], "eps", 0.5),
+            lambda: setattr(model[0], "padding", (2, 2)),
+            lambda: setattr(model[0], "padding", "valid"),
+            lambda: setattr(model[1], "weight", None),
+        ):
+            model(x)
+            write()
+            torch.testing.assert_close(model(x), cuda_cnn.unfuse(copy.deepcopy(model))(x))
+
+
+@pytest.mark.parametrize("name", ["bottlenecks", "dense"])
+def test_kept_layers_take_one_step(name, monkeypatch):
+    """In inference from the second call on, until a derivative or another precision is wanted."""
+    model, x = build(name, dtype=torch.float32).eval(), images(torch.float32)
+    cuda_cnn.fuse(model)
+    with torch.no_grad():
+        expected = model(x)
+        at_length = []
+        weights = layers._weights
+        monkeypatch.setattr(layers, "_weights", lambda *a: at_length.append(a) or weights(*a))
+        assert torch.equal(model(x), expected) and torch.equal(model(x.contiguous()), expected)
+        with torch.inference_mode():
+            assert torch.equal(model(x), expected)
+        assert not at_length
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not torch.equal(model(x), expected)
+        assert at_length
+    at_length.clear()
+    x.requires_grad_()
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    assert y.requires_grad and at_length
+
+
+def test_what_is_kept_ends_with_its_layer():
+    before = set(layers._kept)
+    model = build("bottlenecks").eval()
+    cuda_cnn.fuse(model)
+    with torch.no_grad():
+        model(images())
+    assert len(layers._kept) > len(before)
+    del model
+    gc.collect()
+    assert set(layers._kept) <= before
 
 
 def test_layers_may_be_replaced_after_fusing():

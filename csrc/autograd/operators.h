@@ -50,6 +50,34 @@ inline Tensor conv2d_bias_grad(const Tensor& dy) {
   return op.call(dy);
 }
 
+// What conv2d_packed and conv2d_packed_ do beside the convolution.
+struct Fusion {
+  OptionalTensor bias, in_scale, in_shift;
+  bool in_relu = false;
+  OptionalTensor residual;
+  bool out_relu = false;
+};
+
+inline Tensor conv2d_packed(const Tensor& x, const Tensor& weight, const Tensor& packed, const Fusion& f,
+                            const Geometry& g) {
+  using Optional = const OptionalTensor&;
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, Optional, Optional, Optional, bool, Optional,
+                  bool, SymInts, SymInts, SymInts, c10::SymInt)>("conv2d_packed");
+  return op.call(x, weight, packed, f.bias, f.in_scale, f.in_shift, f.in_relu, f.residual, f.out_relu,
+                 g.stride, g.padding, g.dilation, g.groups);
+}
+
+inline void conv2d_packed_(Tensor out, const Tensor& x, const Tensor& weight, const Tensor& packed,
+                           const Fusion& f, const Geometry& g) {
+  using Optional = const OptionalTensor&;
+  static const auto op =
+      find<void(Tensor&, const Tensor&, const Tensor&, const Tensor&, Optional, Optional, Optional, bool,
+                Optional, bool, SymInts, SymInts, SymInts, c10::SymInt)>("conv2d_packed_");
+  op.call(out, x, weight, packed, f.bias, f.in_scale, f.in_shift, f.in_relu, f.residual, f.out_relu, g.stride,
+          g.padding, g.dilation, g.groups);
+}
+
 inline Tensor local_response_norm(const Tensor& x, int64_t size, double alpha, double beta, double k) {
   static const auto op = find<Tensor(const Tensor&, int64_t, double, double, double)>("local_response_norm");
   return op.call(x, size, alpha, beta, k);

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from cuda_cnn._C import eager
 from cuda_cnn.fuse import layers
 from cuda_cnn.fuse.report import Report, Row
 from cuda_cnn.fuse.rewrite import Rewriter
@@ -31,8 +32,8 @@ class FusedForward:
 
     def __init__(self, module: nn.Module, recompute: bool) -> None:
         self.module, self.recompute = module, recompute
-        self.plans: dict[tuple, tuple[nn.Module | None, Report]] = {}
-        self.last: tuple | None = None
+        self.plans: dict[bytes | tuple, tuple[nn.Module | None, Report]] = {}
+        self.last: bytes | tuple | None = None
 
     # torch.export looks at its model's forward as at a function.
     @property
@@ -54,10 +55,13 @@ class FusedForward:
             return type(self.module).forward(self.module, *args, **kwargs)
         return run(*args, **kwargs)
 
-    def state(self) -> tuple:
+    def state(self) -> bytes | tuple:
         """All that a graph depends on: which layers there are, their modes and hooks."""
+        plain = eager.state(self.module)
+        if plain is not NotImplemented:
+            return plain
         state, layers_left = [self.module.training], list(self.module._modules.values())
-        while layers_left:  # at every call: modules() would take longer than a small layer
+        while layers_left:
             layer = layers_left.pop()
             if layer is not None:
                 state += id(layer), layer.training, has_hooks(layer)

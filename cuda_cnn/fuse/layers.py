@@ -23,13 +23,19 @@ _LINEAR_ROWS = 16
 # conv2d_norm's extra products are C/K + C/pixels of the backward pass: an eighth is the second term's share.
 _PIXELS_A_CHANNEL = 8
 
-# module -> (what the values were made from, the values, the memory they were made from): inference computes them
-# once. Memory that is held is nobody else's, so its address stands for it.
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any, list[Tensor]]] = weakref.WeakKeyDictionary()
+# id of a module -> (what the values were made from, the values, the memory they were made from, the module): inference
+# computes them once. Memory that is held is nobody else's, so its address stands for it. Read by csrc/eager_fuse.cpp.
+_kept: dict[int, tuple[bytes, Any, list[Tensor], weakref.ref[nn.Module]]] = {}
 
 
 def forget(module: nn.Module) -> None:
-    _kept.pop(module, None)
+    _kept.pop(id(module), None)
+
+
+def _keep(module: nn.Module, versions: bytes, values: Any, sources: Sequence[Tensor | None]) -> None:
+    key = id(module)
+    memory = [s.detach() for s in sources if s is not None]
+    _kept[key] = versions, values, memory, weakref.ref(module, lambda _: _kept.pop(key, None))
 
 
 def _fixed(sources: Sequence[Tensor | None]) -> bool:
@@ -37,20 +43,21 @@ def _fixed(sources: Sequence[Tensor | None]) -> bool:
     return not torch.is_grad_enabled() or not any(s is not None and s.requires_grad for s in sources)
 
 
-def _once(module: nn.Module, sources: Sequence[Tensor | None], extra: Any, make: Callable[[], Any]) -> Any:
-    """make(), or what it gave last time if no source has changed since. With gradients: anew every time.
+def _once(
+    module: nn.Module, sources: Sequence[Tensor | None], settings: tuple, make: Callable[[], Any]
+) -> Any:
+    """make(), or what it gave last time if no source or setting has changed since. With gradients: anew every time.
 
     A write through `.data` goes unnoticed until the model changes its mode.
     """
-    versions = eager.versions(*sources) if _fixed(sources) else None
+    versions = eager.versions(*sources, *settings) if _fixed(sources) else None
     if versions is None:
         return make()
-    key = versions, extra
-    kept = _kept.get(module)
-    if kept is None or kept[0] != key:
+    kept = _kept.get(id(module))
+    if kept is None or kept[0] != versions:
         with torch.inference_mode(False), torch.no_grad():
-            kept = _kept[module] = (key, make(), [s.detach() for s in sources if s is not None])
-    return kept[1]
+            _keep(module, versions, make(), sources)
+    return _kept[id(module)][1]
 
 
 def geometry(module: nn.Conv2d) -> tuple:
@@ -104,12 +111,15 @@ def _vectors(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> Vectors:
 
 def frozen(norm: nn.BatchNorm2d, x: Tensor) -> Vectors:
     """scale and shift from the running statistics."""
+    vectors = eager.frozen(_kept, norm, x)
+    if vectors is not NotImplemented:
+        return vectors
     dtype = accumulator(x)
     sources = [norm.running_mean, norm.running_var, norm.weight, norm.bias]
     return _once(
         norm,
         sources,
-        (norm.eps, dtype),
+        (float(norm.eps), dtype),
         lambda: _vectors(norm, norm.running_mean.to(dtype), norm.running_var.to(dtype)),
     )
 
@@ -127,7 +137,7 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tens
         weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, shift.to(weight.dtype), _pack(weight, conv.groups)
 
-    return _once(conv, sources, (norm.eps,), make)
+    return _once(conv, sources, (float(norm.eps),), make)
 
 
 def _pack(weight: Tensor, groups: int) -> Tensor | None:
@@ -163,6 +173,9 @@ def conv(
     """relu(norm(conv(relu(scale·x + shift))) + residual), norm by its running statistics folded into the weight."""
     if norm is None and scale is None and residual is None and not (in_relu or relu):
         return F.conv2d(_nhwc(x), module.weight, module.bias, *geometry(module))
+    y = eager.conv(_kept, x, module, norm, scale, shift, in_relu, residual, relu)
+    if y is not NotImplemented:
+        return y
     weight, bias, packed = _weights(module, norm)
     inside = residual is None or _could_be_added(residual, x, module)
     added = residual if inside else None
@@ -293,6 +306,9 @@ def append_conv(
     relu: bool = False,
 ) -> Tensor:
     """append() of relu(norm(conv(relu(scale·x + shift)))), which in inference is computed where it is to lie."""
+    y = eager.append_conv(_kept, maps, buffer, x, module, norm, scale, shift, in_relu, relu)
+    if y is not NotImplemented:
+        return y
     weight, bias, packed = _weights(module, norm)
     if not _inference(packed, x, weight, bias, scale, shift, maps) or x.dtype != buffer.dtype:
         return append(maps, conv(x, module, norm, scale, shift, in_relu, None, relu), buffer)
