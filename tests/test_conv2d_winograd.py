@@ -28,6 +28,8 @@ WINOGRAD_CASES = {
     "5x5": ((2, 16, 14, 12), (48, 16, 5, 5), ((1, 1), (2, 2), (1, 1), 1)),
     "5x5, ragged tiles, odd channels": ((1, 33, 13, 8), (21, 33, 5, 5), ((1, 1), (0, 3), (1, 1), 1)),
     "5x5, groups, filters over threads": ((1, 300, 7, 7), (100, 150, 5, 5), ((1, 1), (2, 2), (1, 1), 2)),
+    "5x5, blocks of tiles, one image": ((1, 48, 39, 54), (40, 48, 5, 5), ((1, 1), (1, 2), (1, 1), 1)),
+    "5x5, many filters, three images": ((3, 144, 15, 13), (96, 144, 5, 5), ((1, 1), (2, 2), (1, 1), 1)),
     "4x4": ((2, 17, 11, 12), (21, 17, 4, 4), ((1, 1), (2, 1), (1, 1), 1)),
     "11x11 stride 4": ((3, 3, 75, 63), (21, 3, 11, 11), ((4, 4), (2, 2), (1, 1), 1)),
     "7x7 stride 2": ((2, 3, 36, 33), (33, 3, 7, 7), ((2, 2), (3, 3), (1, 1), 1)),
@@ -56,16 +58,18 @@ def test_winograd_is_within_its_own_bound(isa, case):  # noqa: F811
 
 
 PAIRS = pytest.mark.skipif("avx512_bf16" not in _C.cpu_isas(), reason="no AVX512-BF16")
-# 3×3 of stride 1 and whole pairs of channels.
+# 3×3 and 5×5 of stride 1 and whole pairs of channels.
 PAIRS_CASES = [
     case
     for case, (_, (_, channels, *taps), (stride, *_)) in WINOGRAD_CASES.items()
-    if taps == [3, 3] and stride == (1, 1) and channels % 2 == 0
+    if taps in ([3, 3], [5, 5]) and stride == (1, 1) and channels % 2 == 0
 ]
 
 
 @PAIRS
-@pytest.mark.parametrize("case", [*PAIRS_CASES, "ragged tiles, odd channels"])
+@pytest.mark.parametrize(
+    "case", [*PAIRS_CASES, "ragged tiles, odd channels", "5x5, ragged tiles, odd channels"]
+)
 def test_winograd_in_bfloat16_is_within_its_own_bound(case):
     """Operands are rounded at the points, too: 8e-3 of the largest sum, against 4e-3 for a direct one."""
     x_shape, weight_shape, geometry = WINOGRAD_CASES[case]
@@ -89,12 +93,14 @@ def test_winograd_in_bfloat16_is_within_its_own_bound(case):
 
 
 @PAIRS
+@pytest.mark.parametrize("taps", [3, 5])
 @pytest.mark.parametrize("images", [2, 3])
 @pytest.mark.parametrize("width", [13, 14, 15, 16])
-def test_a_weight_gradient_in_bfloat16_is_within_twice_a_direct_sum(images, width):
+def test_a_weight_gradient_in_bfloat16_is_within_twice_a_direct_sum(images, width, taps):
     """Pairs are of tiles that neighbour in a row, or of the batch's halves; with 0 where there is no other."""
     x, bias = (reals(*shape, dtype=torch.bfloat16) for shape in ((images, 32, 28, width), (40,)))
-    weight, geometry = reals(40, 32, 3, 3, dtype=torch.bfloat16, seed=1), ((1, 1), (1, 1), (1, 1), 1)
+    weight = reals(40, 32, taps, taps, dtype=torch.bfloat16, seed=1)
+    geometry = ((1, 1), (taps // 2, taps // 2), (1, 1), 1)
     dy = torch.randn_like(TORCH(x, weight, bias, *geometry))
     exact = with_gradients(TORCH, *(t.double() for t in (x, weight, bias)), geometry, dy.double())
     ours = {}
@@ -112,6 +118,27 @@ def test_in_bfloat16_the_weight_gradient_of_few_pixels_is_of_direct_sums():
         assert algorithm("weight_grad", *shapes, **options) == expected
         for direction in ("forward", "input_grad"):
             assert algorithm(direction, *shapes, **options) == "winograd"
+
+
+@PAIRS
+def test_in_bfloat16_5x5_of_short_rows_is_of_direct_sums():
+    for size, expected in ((14, "winograd"), (7, "gemm")):
+        shapes, options = ((2, 64, size, size), (64, 64, 5, 5)), {"padding": (2, 2), "dtype": torch.bfloat16}
+        for direction in ("forward", "input_grad", "weight_grad"):
+            assert algorithm(direction, *shapes, **options) == expected
+
+
+@PAIRS
+def test_a_weight_gradient_of_5x5_in_bfloat16_reads_nothing_behind_its_tiles():
+    """The scratch memory may hold anything, NaN of an earlier call, too; 0 times that is to stay 0."""
+    geometry = ((1, 1), (2, 2), (1, 1), 1)
+    weight = reals(32, 32, 5, 5, dtype=torch.bfloat16, seed=1)
+    bias = reals(32, dtype=torch.bfloat16)
+    with backends.flags(conv2d_algorithm="winograd"):
+        for rows, value in ((40, float("nan")), (14, 1.0)):
+            x = torch.full((2, 32, rows, 28), value, dtype=torch.bfloat16)
+            found = with_gradients(F.conv2d, x, weight, bias, geometry, torch.ones_like(x))
+    assert found["dweight"].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ constexpr int64_t kUncutDepth = 1024;
 constexpr int64_t kFewPixels = 16;
 // Below, the direct weight gradient's fewer sums make up for Winograd's fewer products in pairs.
 constexpr int64_t kFewRowPixels = 256;
+// Outputs of a row below which the tile more that 5x5 in pieces takes outweighs its fewer products.
+constexpr int64_t kFewColumns = 12;
 // Panels of filters beyond which a first layer's packed image is read often enough to pay for its packing.
 constexpr int64_t kFewPanels = 4;
 
@@ -59,10 +61,10 @@ bool in_pairs(const Conv2dParams& p) { return p.dtype == DType::kBFloat16 && mul
 
 bool strided(const Conv2dParams& p) { return p.stride_h * p.stride_w > 1; }
 
-// float32; or bfloat16 in pairs of channels, and then of 3x3.
+// float32; or bfloat16 in pairs of channels, and then of 3x3 and 5x5.
 bool winograd_type(Conv2dDirection direction, const Conv2dParams& p) {
   if (p.dtype == DType::kFloat32) return p.R >= 3 && p.R <= 5;
-  if (!in_pairs(p) || p.R != 3) return false;
+  if (!in_pairs(p) || (p.R != 3 && p.R != 5)) return false;
   if (direction == Conv2dDirection::kWeightGrad) return true;  // pairs of tiles
   return (direction == Conv2dDirection::kForward ? p.C : p.K) / p.groups % 2 == 0;
 }
@@ -133,6 +135,8 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
       (in_pairs(p) ? p.N * p.P * p.Q < kFewRowPixels : tiles < 8)) {
     return false;
   }
+  // In pieces a row has one tile more than outputs for it.
+  if (in_pairs(p) && p.R == 5 && (p.P < kFewColumns || p.Q < kFewColumns)) return false;
   // The transforms cost as much as some ten channels' products, and tiles must not be mostly edge.
   return p.allow_winograd && b.C / p.groups >= (strided(p) ? 12 : 16) && p.K / p.groups >= 16 && p.P >= 4 &&
          p.Q >= 4;

@@ -221,10 +221,8 @@ struct TileTable {
     tiles[0][1][kRows] = depth_contiguous<E, kRows, 2>;
     tiles[1][0][kRows] = row_contiguous<E, kRows, 1>;
     tiles[1][1][kRows] = row_contiguous<E, kRows, 2>;
-    if constexpr (kDepthOf<E> == 1) {  // a run of pairs would end within one
-      tiles_of_runs[0][kRows] = runs_contiguous<E, kRows, 1>;
-      tiles_of_runs[1][kRows] = runs_contiguous<E, kRows, 2>;
-    }
+    tiles_of_runs[0][kRows] = runs_contiguous<E, kRows, 1>;
+    tiles_of_runs[1][kRows] = runs_contiguous<E, kRows, 2>;
     if constexpr (kRows > 1) fill<kRows - 1>();
   }
   constexpr TileTable() : tiles(), tiles_of_runs() { fill<kTileRows>(); }
@@ -249,6 +247,7 @@ template Tile<float> find_tile<float>(TileOperand, int64_t, int64_t);
 template Tile<double> find_tile<double>(TileOperand, int64_t, int64_t);
 #if defined(CUDA_CNN_HAS_PAIRS)
 template Tile<Bf16Pair> find_tile<Bf16Pair>(TileOperand, int64_t, int64_t);
+template TileOfRuns<Bf16Pair> find_tile_of_runs<Bf16Pair>(int64_t, int64_t);
 #endif
 template TileOfRuns<float> find_tile_of_runs<float>(int64_t, int64_t);
 template TileOfRuns<double> find_tile_of_runs<double>(int64_t, int64_t);

@@ -1,6 +1,8 @@
 // Winograd's F(4x4,3x3), F(3x3,4x4) and F(2x2,5x5), forward and input gradient: 36 products for 16 outputs
 // where a direct sum takes 144, for 9 where it takes 144, or for 4 where it takes 100. With bfloat16 in pairs
-// F(2x2,3x3): 16 products for 4 outputs where a direct sum takes 36.
+// F(2x2,3x3): 16 products for 4 outputs where a direct sum takes 36. Of it 5x5 is made, too, in 2x2 pieces:
+// the piece (a, b) meets the inputs of the tile a rows and b columns on, and its first tap, where that is
+// another piece's, is 0, and so is its value at the first point: 49 products where a direct sum takes 100.
 //   a block of tiles is transformed (V), as many small matrix products with the transformed filters (U) give
 //   M, and the inverse transform adds bias and residual, rectifies and stores. V and M stay in L2 or near it:
 //   the transformed activations never exist as a whole.
@@ -30,29 +32,34 @@ constexpr int64_t kStepBytes = 475136;  // of U, which then is in L2 from its ma
 constexpr int64_t kTapsAhead = 6;       // channels of them: nine streams, too many to be foreseen
 constexpr int64_t kPad = 16;            // keeps the streams of a transform off one another's cache sets
 
-// U of one panel: [point][channel][kTileColumns] of operands, points u_step apart.
+// U of one panel: [a][point][b][channel][kTileColumns] of operands for the pieces (a, b), points u_step
+// apart.
 template <class E>
-CUDA_CNN_INLINE int64_t u_step(int64_t channels) {
-  return operands<E>(channels) * kColumns + kPad;
+CUDA_CNN_INLINE int64_t u_step(int64_t channels, int64_t pieces) {
+  return pieces * operands<E>(channels) * kColumns + kPad;
 }
 CUDA_CNN_INLINE int64_t v_tile_step(int64_t channels) { return ceil_div(channels, kLane) * kLane + kPad; }
 
-// Of `channels` of a panel whose taps are tap_step apart.
+// kTaps x kTaps taps of a panel, its rows row_step apart and taps tap_step, of `channels`; of a piece's first
+// row or column, where it is not its own, 0. The points are u_step apart.
 template <class T, int kTaps>
-void transform_panel(const PairOf<T>* panel, int64_t tap_step, int64_t channels, PairOf<T>* u) {
+void transform_panel(const PairOf<T>* panel, int64_t row_step, int64_t tap_step, bool own_row,
+                     bool own_column, int64_t channels, int64_t u_step, PairOf<T>* u) {
   using E = PairOf<T>;
   constexpr int kIn = kWinogradIn<T>, kDepth = kDepthOf<E>;
   for (int64_t c = 0; c < operands<E>(channels); ++c) {
     for (int tap = 0; tap < kTaps * kTaps; ++tap) {
-      const E* ahead = panel + tap * tap_step + (c + kTapsAhead) * kColumns;
+      const E* ahead = panel + tap / kTaps * row_step + tap % kTaps * tap_step + (c + kTapsAhead) * kColumns;
       for (int j = 0; j < kTileVectors; ++j) __builtin_prefetch(ahead + j * kLane);
     }
     for (int j = 0; j < kTileVectors; ++j) {
       V taps[kDepth][kTaps][kTaps], points[kDepth][kIn][kIn];
       for (int r = 0; r < kTaps; ++r) {
         for (int s = 0; s < kTaps; ++s) {
-          V values[kDepth];
-          split(values, load(panel + (r * kTaps + s) * tap_step + c * kColumns + j * kLane));
+          V values[kDepth] = {};
+          if ((r > 0 || own_row) && (s > 0 || own_column)) {
+            split(values, load(panel + r * row_step + s * tap_step + c * kColumns + j * kLane));
+          }
           for (int k = 0; k < kDepth; ++k) taps[k][r][s] = values[k];
         }
       }
@@ -64,7 +71,7 @@ void transform_panel(const PairOf<T>* panel, int64_t tap_step, int64_t channels,
         for (int s = 0; s < kIn; ++s) {
           V values[kDepth];
           for (int k = 0; k < kDepth; ++k) values[k] = points[k][r][s];
-          store(to + (r * kIn + s) * u_step<E>(channels), join(values));
+          store(to + (r * kIn + s) * u_step, join(values));
         }
       }
     }
@@ -90,11 +97,19 @@ void transform_filters(const Filters<T, E>& filters, int64_t group, int64_t colu
     }
     panel = packed;
   }
+  const int64_t pieces = winograd_pieces<T>(filters.R), step = u_step<E>(end - begin, pieces);
+  const int64_t row_step = filters.R * tap_step;
+  auto transform = transform_panel<T, 3>;
   if constexpr (kWinogradIn<T> == 6) {
-    if (filters.R == 4) return transform_panel<T, 4>(panel, tap_step, end - begin, u);
-    if (filters.R == 5) return transform_panel<T, 5>(panel, tap_step, end - begin, u);
+    if (filters.R == 4) transform = transform_panel<T, 4>;
+    if (filters.R == 5) transform = transform_panel<T, 5>;
   }
-  transform_panel<T, 3>(panel, tap_step, end - begin, u);
+  for (int64_t a = 0; a < pieces; ++a) {
+    for (int64_t b = 0; b < pieces; ++b) {
+      transform(panel + 2 * a * row_step + 2 * b * tap_step, row_step, tap_step, a == 0, b == 0, end - begin,
+                step, u + a * kWinogradPoints<T> * step + b * operands<E>(end - begin) * kColumns);
+    }
+  }
 }
 
 // One vector of channels of one tile: m[point * point_step] to its outputs.
@@ -131,17 +146,32 @@ void transform_outputs(const Gather<T>& g, const Scatter<T>& to, const WinogradT
 // Steps of M [point][tile][kTileColumns].
 CUDA_CNN_INLINE int64_t m_step(int64_t tiles) { return tiles * kColumns + kPad; }
 
-// M of one panel, or what `channels` more add to it, of tiles whose V starts at v.
+// M of one panel, or what `channels` more add to it, of tiles [begin, end) whose V starts at v. Pieces side
+// by side are runs of a register tile's depth.
 template <class T>
-void multiply_panel(const PairOf<T>* u, const T* v, int64_t v_point_step, int64_t v_tile_step,
-                    int64_t channels, int64_t columns, int64_t tiles, bool accumulate, float* m) {
+void multiply_panel(const WinogradGrid& grid, int64_t pieces, const PairOf<T>* u, const T* v,
+                    int64_t v_point_step, int64_t v_tile_step, int64_t channels, int64_t columns,
+                    int64_t begin, int64_t end, bool accumulate, float* m) {
   using E = PairOf<T>;
-  for (int point = 0; point < kWinogradPoints<T>; ++point) {
-    for (int64_t t = 0; t < tiles; t += kTileRows) {
-      find_tile<E>(TileOperand::kDepthContiguous, min64(tiles - t, kTileRows), columns)(
-          reinterpret_cast<const E*>(v + point * v_point_step + t * v_tile_step), v_tile_step / kDepthOf<E>,
-          u + point * u_step<E>(channels), operands<E>(channels),
-          {m + point * m_step(tiles) + t * kColumns, kColumns, nullptr, accumulate, false});
+  constexpr int64_t kIn = kWinogradIn<T>, kPoints = kWinogradPoints<T>;
+  const int64_t depth = operands<E>(channels), tile = v_tile_step / kDepthOf<E>;
+  const int64_t with_outputs = grid.outputs * grid.columns;
+  for (int64_t point = 0; point < kPoints; ++point) {
+    const int64_t rows = point / kIn > 0 ? pieces : 1, runs = point % kIn > 0 ? pieces : 1;
+    for (int64_t t = begin, count; t < end; t += count) {
+      count = min64(end - t, kTileRows);
+      if (pieces > 1) {
+        const int64_t at = t % grid.tiles();
+        count = min64(count, (at < with_outputs ? with_outputs : grid.tiles()) - at);
+        if (at >= with_outputs) continue;
+      }
+      const T* a = v + point * v_point_step + (t - begin) * v_tile_step;
+      TileOutput<float> out{m + point * m_step(end - begin) + (t - begin) * kColumns, kColumns, nullptr,
+                            accumulate, false};
+      for (int64_t row = 0; row < rows; ++row, a += grid.columns * v_tile_step, out.accumulate = true) {
+        find_tile_of_runs<E>(count, columns)(reinterpret_cast<const E*>(a), tile, runs, depth, tile,
+                                             u + (row * kPoints + point) * u_step<E>(channels, pieces), out);
+      }
     }
   }
 }
@@ -156,6 +186,8 @@ void store_outputs(const Gather<T>& g, const Scatter<T>& to, int64_t columns, in
     if (g.R == 5) transform = transform_outputs<T, winograd_out<T>(5)>;
   }
   for (int64_t t = begin; t < end; ++t, m += kColumns) {
+    const WinogradTile tile = winograd_tile(g, t);
+    if (tile.p >= g.P || tile.q >= g.Q) continue;
     if (t + kTilesAhead < end) {
       const WinogradTile ahead = winograd_tile(g, t + kTilesAhead);
       T* out = to.out + ((ahead.n * to.H + ahead.p) * to.W + ahead.q) * to.pixel + channel;
@@ -163,7 +195,6 @@ void store_outputs(const Gather<T>& g, const Scatter<T>& to, int64_t columns, in
         prefetch_output(out, to.pixel, min64(g.Q - ahead.q, winograd_out<T>(g.R)), min64(columns, kColumns));
       }
     }
-    const WinogradTile tile = winograd_tile(g, t);
     for (int64_t j = 0; j < min64(columns, kColumns); j += kLane) {
       transform(g, to, tile, m + j, m_step(end - begin), channel + j, columns - j);
     }
@@ -173,8 +204,8 @@ void store_outputs(const Gather<T>& g, const Scatter<T>& to, int64_t columns, in
 // Channels whose products are summed at once. Of few tiles, M stays in L2 and U is made in steps that do,
 // too. The sums are in these steps whichever schedule: the bits must not depend on the number of threads.
 template <class T>
-int64_t step_channels(int64_t channels, int64_t tiles) {
-  const int64_t bytes = kWinogradPoints<T> * u_step<PairOf<T>>(channels) * 4;
+int64_t step_channels(int64_t channels, int64_t pieces, int64_t tiles) {
+  const int64_t bytes = pieces * kWinogradPoints<T> * u_step<PairOf<T>>(channels, pieces) * 4;
   const int64_t steps = tiles <= kTilesOfM ? ceil_div(bytes, kStepBytes) : 1;
   return ceil_div(ceil_div(channels, steps), kLane) * kLane;
 }
@@ -186,27 +217,35 @@ struct Problem {
   const Scatter<T>& scatter;
   const Filters<T, E>& filters;
   int64_t group, tiles;
+  const WinogradGrid grid = WinogradGrid(gather);
+  const int64_t pieces = winograd_pieces<T>(gather.R);
 
+  // From a tile to the last one that its last piece meets.
+  int64_t halo() const { return (pieces - 1) * (grid.columns + 1); }
   int64_t columns() const { return filters.columns(); }
   int64_t panels() const { return ceil_div(columns(), kColumns); }
   bool alone() const { return panels() < num_threads() && tiles < kTilesAlone; }
-  int64_t step() const { return step_channels<T>(gather.channels, tiles); }
+  int64_t step() const { return step_channels<T>(gather.channels, pieces, tiles); }
   int64_t steps() const { return ceil_div(gather.channels, step()); }
   // U of one step of a panel.
-  int64_t u_size() const { return kWinogradPoints<T> * u_step<E>(step()); }
+  int64_t u_size() const { return pieces * kWinogradPoints<T> * u_step<E>(step(), pieces); }
   void transform(int64_t panel, int64_t i, E* u) const {
     transform_filters(filters, group, panel * kColumns, gather.channels, i * step(),
                       min64((i + 1) * step(), gather.channels), u);
+  }
+  // V of tiles [begin, end), as far as there are so many.
+  void transform_inputs(int64_t begin, int64_t end, T* v, int64_t v_step) const {
+    winograd_inputs(gather, begin, min64(end, tiles), v, v_step, v_tile_step(gather.channels));
   }
   // Of tiles [begin, end), whose V starts at v; u_of(i) is U of step i.
   template <class UOf>
   void multiply(int64_t panel, const UOf& u_of, const T* v, int64_t v_step, int64_t begin,
                 int64_t end) const {
-    const int64_t left = columns() - panel * kColumns, tiles = end - begin, channels = gather.channels;
-    float* m = workspace<float>(Workspace::kB, kWinogradPoints<T> * m_step(tiles));
+    const int64_t left = columns() - panel * kColumns, channels = gather.channels;
+    float* m = workspace<float>(Workspace::kB, kWinogradPoints<T> * m_step(end - begin));
     for (int64_t i = 0, c = 0; c < channels; ++i, c += step()) {
-      multiply_panel(u_of(i), v + c, v_step, v_tile_step(channels), min64(step(), channels - c), left, tiles,
-                     i > 0, m);
+      multiply_panel(grid, pieces, u_of(i), v + c, v_step, v_tile_step(channels), min64(step(), channels - c),
+                     left, begin, end, i > 0, m);
     }
     store_outputs(gather, scatter, left, group * columns() + panel * kColumns, m, begin, end);
   }
@@ -215,7 +254,7 @@ struct Problem {
 template <class T>
 void tiles_over_threads(const Problem<T>& p, int64_t block) {
   using E = PairOf<T>;
-  const int64_t tile_step = v_tile_step(p.gather.channels), v_step = block * tile_step + kPad;
+  const int64_t v_step = (block + p.halo()) * v_tile_step(p.gather.channels) + kPad;
   const int64_t steps = p.steps(), u_size = p.panels() * steps * p.u_size(),
                 u_bytes = u_size * static_cast<int64_t>(sizeof(E));
   E* shared = u_bytes <= kOwnU ? nullptr : workspace<E>(Workspace::kShared, u_size);
@@ -232,7 +271,7 @@ void tiles_over_threads(const Problem<T>& p, int64_t block) {
     if (!shared) transform(0, p.panels() * steps, u);
     for (int64_t begin = first * block; begin < min64(last * block, p.tiles); begin += block) {
       const int64_t end = min64(begin + block, p.tiles);
-      winograd_inputs(p.gather, begin, end, v, v_step, tile_step);
+      p.transform_inputs(begin, end + p.halo(), v, v_step);
       for (int64_t panel = 0; panel < p.panels(); ++panel) {
         const auto u_of = [&](int64_t i) { return u + (panel * steps + i) * p.u_size(); };
         p.multiply(panel, u_of, v, v_step, begin, end);
@@ -244,20 +283,20 @@ void tiles_over_threads(const Problem<T>& p, int64_t block) {
 template <class T>
 void filters_over_threads(const Problem<T>& p, int64_t block) {
   using E = PairOf<T>;
-  const int64_t tile_step = v_tile_step(p.gather.channels), v_step = block * tile_step + kPad;
+  const int64_t tile_step = v_tile_step(p.gather.channels), v_step = (block + p.halo()) * tile_step + kPad;
   const int64_t v_size = kWinogradPoints<T> * v_step, v_bytes = v_size * static_cast<int64_t>(sizeof(T));
   T* shared = v_bytes <= kOwnV ? nullptr : workspace<T>(Workspace::kShared, v_size);
   for (int64_t begin = 0; begin < p.tiles; begin += block) {
     const int64_t end = min64(begin + block, p.tiles);
     if (shared) {
-      parallel_for(end - begin, 4, [&](int64_t first, int64_t last) {
-        winograd_inputs(p.gather, begin + first, begin + last, shared + first * tile_step, v_step, tile_step);
+      parallel_for(end + p.halo() - begin, 4, [&](int64_t first, int64_t last) {
+        p.transform_inputs(begin + first, begin + last, shared + first * tile_step, v_step);
       });
     }
     parallel_for(p.panels(), 1, [&](int64_t first, int64_t last) {
       E* u = workspace<E>(Workspace::kD, p.u_size());
       T* v = shared ? shared : workspace<T>(Workspace::kA, v_size);
-      if (!shared) winograd_inputs(p.gather, begin, end, v, v_step, tile_step);
+      if (!shared) p.transform_inputs(begin, end + p.halo(), v, v_step);
       for (int64_t panel = first; panel < last; ++panel) {
         const auto made = [&](int64_t i) { return p.transform(panel, i, u), u; };
         const auto kept = [&](int64_t) { return u; };
@@ -282,10 +321,12 @@ int64_t tiles_in_cache(int64_t channels) {
 }
 
 // The most tiles of a block, which is V and all of U read once each for a panel, from L2 or beyond. U takes
-// less time for more tiles; register tiles of 14 rows need little of it, and V is better in L2.
+// less time for more tiles; register tiles of 14 rows need little of it, and V and M are better in L2.
 constexpr bool kShortTiles = kTileRows < 14;
+template <class T>
 int64_t block_tiles(int64_t fits, int64_t channels) {
-  const int64_t rows = kShortTiles ? (channels > 192 ? 8 : 4) : max64(1, min64(fits / kTileRows, 4));
+  const int64_t of_m = 262144 / (kWinogradPoints<T> * kColumns * static_cast<int64_t>(sizeof(float)));
+  const int64_t rows = kShortTiles ? (channels > 192 ? 8 : 4) : max64(1, min64(fits, of_m) / kTileRows);
   return rows * kTileRows;
 }
 
@@ -297,7 +338,8 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
   for (int64_t group = 0; group < groups; ++group) {
     Problem<T> p{gather, scatter, filters, group, winograd_tiles(gather, N)};
     p.gather = p.gather.of_group(group);
-    const int64_t fits = tiles_in_cache<T>(gather.channels), most = block_tiles(fits, gather.channels);
+    const int64_t fits = tiles_in_cache<T>(gather.channels);
+    const int64_t most = block_tiles<T>(fits, gather.channels);
     // The busiest thread's work: 1 for a tile's V, and for reading it for a panel where all V are not in L2;
     // 5 for its products with a vector of filters, 72 for a panel's U.
     const int64_t threads = p.alone() ? 1 : num_threads(), vectors = ceil_div(p.columns(), kLane);

@@ -20,7 +20,7 @@ template <class T>
 void winograd_inputs(const Gather<T>& gather, int64_t begin, int64_t end, T* out, int64_t point_step,
                      int64_t tile_step);
 #if defined(CUDA_CNN_HAS_PAIRS)
-// The weight gradient of 3x3 filters in pairs: winograd_rows.cpp.
+// The weight gradient of 3x3 and 5x5 filters in pairs: winograd_rows.cpp.
 void weight_grad_winograd_rows(const Conv2dParams& p);
 #endif
 
@@ -61,17 +61,30 @@ void with_winograd_type([[maybe_unused]] DType dtype, const Body& body) {
   body(float{});
 }
 
+// The tiles of an image: `outputs` rows that have outputs, and behind each row and below them those whose
+// inputs alone count, as a filter's piece after the first meets the next tile's.
+struct WinogradGrid {
+  int64_t out, outputs, rows, columns;
+
+  template <class T>
+  explicit WinogradGrid(const Gather<T>& g)
+      : out(winograd_out<T>(g.R)),
+        outputs(ceil_div(g.P, out)),
+        rows(outputs + winograd_pieces<T>(g.R) - 1),
+        columns(ceil_div(g.Q, out) + winograd_pieces<T>(g.S) - 1) {}
+  int64_t tiles() const { return rows * columns; }
+};
 struct WinogradTile {
   int64_t n, p, q;  // of its first output
 };
 template <class T>
 CUDA_CNN_INLINE WinogradTile winograd_tile(const Gather<T>& g, int64_t tile) {
-  const int64_t out = winograd_out<T>(g.R), rows = ceil_div(g.P, out), columns = ceil_div(g.Q, out);
-  return {tile / (rows * columns), tile / columns % rows * out, tile % columns * out};
+  const WinogradGrid grid(g);
+  return {tile / grid.tiles(), tile / grid.columns % grid.rows * grid.out, tile % grid.columns * grid.out};
 }
 template <class T>
 CUDA_CNN_INLINE int64_t winograd_tiles(const Gather<T>& g, int64_t N) {
-  return N * ceil_div(g.P, winograd_out<T>(g.R)) * ceil_div(g.Q, winograd_out<T>(g.R));
+  return N * WinogradGrid(g).tiles();
 }
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

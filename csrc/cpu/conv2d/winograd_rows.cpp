@@ -1,13 +1,16 @@
-// Weight gradient of 3x3 filters in pairs of bfloat16: Winograd's F(2,3), transposed, along rows, and a
-// direct sum down columns. That takes two thirds of a direct sum's products, and the operands, rounded once
+// Weight gradient of 3x3 and 5x5 filters in pairs of bfloat16: Winograd's F(2,3), transposed, along rows, and
+// a direct sum down columns. That takes two thirds of a direct sum's products, and the operands, rounded once
 // more at the points, are sums of two there: the error is 1.9 times a direct sum's in the mean square. (Along
-// both axes it would be 4/9 of the products, and the largest error 2.5 times as large instead of 2.0.)
+// both axes it would be 4/9 of the products, and the largest error 2.5 times as large instead of 2.0.) A row
+// of 5 taps is in two pieces, as in winograd.cpp: 7 products where a direct sum takes 10.
 //   for a range of x's channels, a part of dy's panels and a chunk of dy's rows (a task)
 //     for a block of rows
 //       V: the rows of x that they meet, at four points; M: they themselves; pairs are of tiles, 1x2 of dy
-//       for a point, a panel, a segment of the block, a tile of channels, for r of three
-//         dU[r][point] += V, from row r of the segment on, * M
+//       for a point, a panel, a segment of the block, a tile of channels, for a row r of taps, a piece b
+//         dU[r][b][point] += V, from row r and tile b of the segment on, * M
 // Each task owns its sums; those of the chunks are added in their order. The cuts depend on the shape alone.
+#include <cstring>
+
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/prefetch.h"
 #include "cpu/conv2d/winograd.h"
@@ -18,8 +21,8 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
 using winograd::V;
-constexpr int kLane = kLanes<float>, kPoints = kWinogradIn<BFloat16>, kTaps = 3;
-constexpr int kTile = winograd_out<BFloat16>(kTaps);
+constexpr int kLane = kLanes<float>, kPoints = kWinogradIn<BFloat16>;
+constexpr int kPiece = 3, kTile = winograd_out<BFloat16>(kPiece);
 constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kPad = 16;
 constexpr int64_t kBlockBytes = 786432;  // V and M, of an L2 of 1 MiB
@@ -34,14 +37,16 @@ struct Rows {
   Gather<BFloat16> gather;
   const BFloat16* dy;
   int64_t dy_pixel, outputs, panels;
-  int64_t odd_image, odd_column;  // from a pair's even tile to its odd one
-  int64_t pairs;                  // of a row
-  int64_t rows, chunks, block;    // of dy's even tiles
-  int64_t ranges, parts;          // of channels; of panels
-  int64_t u_panel, u_chunk;       // steps of dU [chunk][panel][r][point][channel][kColumns]
+  int64_t pieces;               // of a row of taps
+  int64_t odd_image, odd_tile;  // from a pair's even tile to its odd one
+  int64_t pairs;                // of a row, the last pieces - 1 with 0 in the place of dy
+  int64_t rows, chunks, block;  // of dy's even tiles
+  int64_t ranges, parts;        // of channels; of panels
+  int64_t u_panel, u_chunk;     // steps of dU [chunk][panel][r][b][point][channel][kColumns]
 
-  float* u_at(float* u, int64_t panel, int64_t r, int64_t point, int64_t channel) const {
-    return u + panel * u_panel + ((r * kPoints + point) * gather.channels + channel) * kColumns;
+  float* u_at(float* u, int64_t panel, int64_t r, int64_t b, int64_t point, int64_t channel) const {
+    return u + panel * u_panel +
+           (((r * pieces + b) * kPoints + point) * gather.channels + channel) * kColumns;
   }
 };
 
@@ -75,14 +80,13 @@ void transform_inputs(const Rows& w, int64_t n, int64_t h, int64_t begin, int64_
                       Bf16Pair* v) {
   static const BFloat16 kZeros[kLane] = {};
   const Gather<BFloat16>& g = w.gather;
-  const int64_t columns = w.odd_column + kTile;
   for (int64_t i = 0; i < w.pairs; ++i, v += step.v_pair) {
     const BFloat16* pixels[2][kPoints];
     bool inside[2][kPoints];
     for (int d = 0; d < 2; ++d) {
       const BFloat16* row = g.source + ((n + d * w.odd_image) * g.H + h) * g.W * g.pixel;
       for (int j = 0; j < kPoints; ++j) {
-        const int64_t column = g.base_w + i * columns + d * w.odd_column + j;
+        const int64_t column = g.base_w + (i + d * w.odd_tile) * kTile + j;
         inside[d][j] = h >= 0 && h < g.H && column >= 0 && column < g.W;
         pixels[d][j] = inside[d][j] ? row + column * g.pixel : kZeros;
       }
@@ -105,17 +109,18 @@ void transform_inputs(const Rows& w, int64_t n, int64_t h, int64_t begin, int64_
   }
 }
 
-// Row p of image n of dy, panels [begin, end), at the points: 0 behind its end.
+// Row p of image n of dy, panels [begin, end), at the points: 0 behind its end, and behind its even tiles.
 void transform_gradients(const Rows& w, int64_t n, int64_t p, int64_t begin, int64_t end, const Steps& step,
                          Bf16Pair* m) {
   const Gather<BFloat16>& g = w.gather;
+  const int64_t even_end = (w.pairs - (w.pieces - 1)) * kTile;
   for (int64_t i = 0; i < w.pairs; ++i, m += kColumns) {
     for (int64_t k = begin * kColumns; k < end * kColumns; k += kLane) {
       const int64_t left = w.outputs - k;
       V points[2][kPoints];
 #pragma GCC unroll 2
       for (int d = 0; d < 2; ++d) {
-        const int64_t q = i * (w.odd_column + kTile) + d * w.odd_column;
+        const int64_t q = i * kTile < even_end ? (i + d * w.odd_tile) * kTile : g.Q;
         const BFloat16* from = w.dy + (((n + d * w.odd_image) * g.P + p) * g.Q + q) * w.dy_pixel + k;
         V y[kTile];
 #pragma GCC unroll 2
@@ -135,9 +140,10 @@ void transform_gradients(const Rows& w, int64_t n, int64_t p, int64_t begin, int
 void sum_rows(const Rows& w, int64_t c_begin, int64_t c_end, int64_t first, int64_t last, int64_t begin,
               int64_t end, float* u) {
   const Gather<BFloat16>& g = w.gather;
-  const int64_t most_v_rows = w.block + (w.block / g.P + 2) * (kTaps - 1), count = c_end - c_begin;
+  const int64_t most_v_rows = w.block + (w.block / g.P + 2) * (g.R - 1), count = c_end - c_begin;
   Steps step{ceil_div(count, kLane) * kLane + kPad};
-  step.v_point = most_v_rows * w.pairs * step.v_pair + kPad;
+  // The last piece's tiles of the last row begin behind its first.
+  step.v_point = (most_v_rows * w.pairs + w.pieces - 1) * step.v_pair + kPad;
   step.m_panel = w.block * w.pairs * kColumns;
   step.m_point = (last - first) * step.m_panel + kPad;
   Bf16Pair* v = workspace<Bf16Pair>(Workspace::kA, kPoints * (step.v_point + step.m_point));
@@ -147,17 +153,20 @@ void sum_rows(const Rows& w, int64_t c_begin, int64_t c_end, int64_t first, int6
 
   for (int64_t block = begin; block < end; block += w.block) {
     const int64_t block_end = min64(end, block + w.block);
-    // An image's rows of V are two more than of M.
-    const auto v_row = [&](int64_t row) { return row - block + (row / g.P - block / g.P) * (kTaps - 1); };
+    // An image's rows of V are R - 1 more than of M.
+    const auto v_row = [&](int64_t row) { return row - block + (row / g.P - block / g.P) * (g.R - 1); };
     for (int64_t row = block; row < block_end; ++row) {
       const int64_t n = row / g.P, p = row % g.P;
       const bool starts = row == block || p == 0;
-      for (int64_t r = starts ? 0 : kTaps - 1; r < kTaps; ++r) {
+      for (int64_t r = starts ? 0 : g.R - 1; r < g.R; ++r) {
         transform(w, n, g.base_h + p + r, c_begin, c_end, step, v + (v_row(row) + r) * w.pairs * step.v_pair);
       }
       transform_gradients(w, n, p, first, last, step, m + (row - block) * w.pairs * kColumns);
     }
-    for (int64_t point = 0; point < kPoints; ++point) {
+    Bf16Pair* behind = v + (v_row(block_end - 1) + g.R) * w.pairs * step.v_pair;
+    for (int64_t point = 0; point < kPoints; ++point, behind += step.v_point) {
+      memset(behind, 0, (w.pieces - 1) * step.v_pair * sizeof(Bf16Pair));
+      const int64_t pieces = point > 0 ? w.pieces : 1;  // only a row's first tap has a value at 0
       for (int64_t panel = first; panel < last; ++panel) {
         for (int64_t row = block, next; row < block_end; row = next) {
           next = min64(min64(row + segment, block_end), (row / g.P + 1) * g.P);
@@ -168,10 +177,11 @@ void sum_rows(const Rows& w, int64_t c_begin, int64_t c_end, int64_t first, int6
             const int64_t c = count * t / tiles, channels = count * (t + 1) / tiles - c;
             const Tile<Bf16Pair> tile =
                 find_tile<Bf16Pair>(TileOperand::kRowContiguous, channels, w.outputs - panel * kColumns);
-            for (int64_t r = 0; r < kTaps; ++r) {
-              float* sums = w.u_at(u, panel, r, point, c_begin + c);
+            for (int64_t i = 0; i < g.R * pieces; ++i) {
+              const int64_t r = i / pieces, piece = i % pieces;
+              float* sums = w.u_at(u, panel, r, piece, point, c_begin + c);
               prefetch_output(sums, kColumns, channels, kColumns);
-              tile(a + r * w.pairs * step.v_pair + c, step.v_pair, b, (next - row) * w.pairs,
+              tile(a + (r * w.pairs + piece) * step.v_pair + c, step.v_pair, b, (next - row) * w.pairs,
                    {sums, kColumns, nullptr, row > begin, false});
             }
           }
@@ -181,22 +191,20 @@ void sum_rows(const Rows& w, int64_t c_begin, int64_t c_end, int64_t first, int6
   }
 }
 
-// Taps of row r from the sums of all chunks: [s][channel][kColumns] of a panel.
-void transform_sums(const Rows& w, float* u, int64_t panel, int64_t r, float* taps) {
-  const int64_t size = w.gather.channels * kColumns;
-  const float* from = w.u_at(u, panel, r, 0, 0);
+// Taps of a piece of row r from the sums of all chunks: [s][channel][kColumns] of a panel.
+void transform_sums(const Rows& w, float* u, int64_t panel, int64_t r, int64_t piece, float* taps) {
+  const int64_t size = w.gather.channels * kColumns, first = piece > 0;
+  const float* from = w.u_at(u, panel, r, piece, 0, 0);
   for (int64_t i = 0; i < size; i += kLane) {
-    V points[kPoints], result[kTaps];
-#pragma GCC unroll 4
-    for (int k = 0; k < kPoints; ++k) {
+    V points[kPoints] = {}, result[kPiece];
+    for (int64_t k = first; k < kPoints; ++k) {
       points[k] = load(from + k * size + i);
       for (int64_t chunk = 1; chunk < w.chunks; ++chunk) {
         points[k] += load(from + chunk * w.u_chunk + k * size + i);
       }
     }
     winograd::filter_transposed(result, points);
-#pragma GCC unroll 3
-    for (int s = 0; s < kTaps; ++s) store(taps + s * size + i, result[s]);
+    for (int64_t s = first; s < kPiece; ++s) store(taps + s * size + i, result[s]);
   }
 }
 
@@ -210,26 +218,28 @@ void cut(Rows& w, int64_t groups) {
   // A further part transforms x again, a further range dy.
   while (tasks() < kTasks && w.panels >= 4 * w.parts) w.parts *= 2;
   while (tasks() < kTasks && channels >= 64 * w.ranges) w.ranges *= 2;
-  const int64_t P = w.gather.P, chunk = ceil_div(w.rows, w.chunks);
+  if (tasks() == 1 && w.panels > 1) w.parts = 2;
+  const int64_t P = w.gather.P, R = w.gather.R, chunk = ceil_div(w.rows, w.chunks);
   const int64_t row_bytes =
       kPoints * 4 * w.pairs *
-      ((channels / w.ranges + kPad) * (P + kTaps - 1) / P + ceil_div(w.panels, w.parts) * kColumns);
+      ((channels / w.ranges + kPad) * (P + R - 1) / P + ceil_div(w.panels, w.parts) * kColumns);
   w.block = ceil_div(chunk, ceil_div(chunk, max64(1, kBlockBytes / row_bytes)));
 }
 
 }  // namespace
 
 void weight_grad_winograd_rows(const Conv2dParams& p) {
-  const int64_t channels = p.C / p.groups, outputs = p.K / p.groups, filter = kTaps * kTaps * channels;
+  const int64_t channels = p.C / p.groups, outputs = p.K / p.groups, filter = p.R * p.S * channels;
   const Gather<BFloat16> gather = forward_gather<BFloat16>(p);
   Rows w{gather, nullptr, p.y_pixel, outputs, ceil_div(outputs, kColumns)};
-  // Neighbours in a row; or, where that would leave the last one alone, of the batch's halves.
+  // Pairs are of a row's halves; or of the batch's, where that leaves fewer places empty.
   const int64_t tiles = ceil_div(p.Q, kTile);
-  const bool halves = tiles % 2 && p.N % 2 == 0;
-  w.odd_image = halves ? p.N / 2 : 0, w.odd_column = halves ? 0 : kTile;
-  w.pairs = halves ? tiles : ceil_div(tiles, 2);
+  w.pieces = winograd_pieces<BFloat16>(p.S);
+  const bool halves = (tiles % 2 || w.pieces > 1) && p.N % 2 == 0;
+  w.odd_image = halves ? p.N / 2 : 0, w.odd_tile = halves ? 0 : ceil_div(tiles, 2);
+  w.pairs = (halves ? tiles : w.odd_tile) + w.pieces - 1;
   w.rows = p.N * p.P / (halves ? 2 : 1);
-  w.u_panel = kTaps * kPoints * channels * kColumns;
+  w.u_panel = p.R * w.pieces * kPoints * channels * kColumns;
   w.u_chunk = w.panels * w.u_panel;
   cut(w, p.groups);
   const int64_t vectors = ceil_div(channels, kLane);
@@ -253,15 +263,18 @@ void weight_grad_winograd_rows(const Conv2dParams& p) {
                u + group * group_size + chunk * w.u_chunk);
     }
   });
-  parallel_for(p.groups * w.panels * kTaps, 1, [&](int64_t begin, int64_t end) {
-    float* taps = workspace<float>(Workspace::kC, kTaps * channels * kColumns);
+  parallel_for(p.groups * w.panels * p.R, 1, [&](int64_t begin, int64_t end) {
+    const int64_t row = p.S * channels;
+    float* taps = workspace<float>(Workspace::kC, row * kColumns);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t r = i % kTaps, panel = i / kTaps % w.panels, group = i / (kTaps * w.panels);
+      const int64_t r = i % p.R, panel = i / p.R % w.panels, group = i / (p.R * w.panels);
       const int64_t k = panel * kColumns;
-      transform_sums(w, u + group * group_size, panel, r, taps);
-      unpack_panel_transposed(
-          taps, outputs - k, kTaps * channels,
-          static_cast<BFloat16*>(p.dweight) + (group * outputs + k) * filter + r * kTaps * channels, filter);
+      for (int64_t piece = 0; piece < w.pieces; ++piece) {
+        transform_sums(w, u + group * group_size, panel, r, piece, taps + 2 * piece * channels * kColumns);
+      }
+      unpack_panel_transposed(taps, outputs - k, row,
+                              static_cast<BFloat16*>(p.dweight) + (group * outputs + k) * filter + r * row,
+                              filter);
     }
   });
 }

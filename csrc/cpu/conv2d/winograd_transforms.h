@@ -23,9 +23,19 @@ template <>
 inline constexpr int kWinogradIn<BFloat16> = 4;
 template <class T>
 constexpr int kWinogradPoints = kWinogradIn<T> * kWinogradIn<T>;
+// Filters are in pieces of 3 taps, 2 apart, along each axis; a tap that two of them meet is the first one's,
+// and 0 in the other. In float32 they are whole.
+template <class T>
+constexpr int64_t winograd_pieces(int64_t) {
+  return 1;
+}
+template <>
+constexpr int64_t winograd_pieces<BFloat16>(int64_t taps) {
+  return taps / 2;
+}
 template <class T>
 constexpr int winograd_out(int taps) {
-  return kWinogradIn<T> + 1 - taps;
+  return kWinogradIn<T> == 4 ? 2 : kWinogradIn<T> + 1 - taps;
 }
 
 namespace winograd {
