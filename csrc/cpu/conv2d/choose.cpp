@@ -111,7 +111,7 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
   // NCHW where it lies: of one tap a product's operand already, of few channels (a stem) packed from cache.
   // With more, each pixel would be packed for every tap, and NHWC's whole pixels are worth two conversions.
   if (algorithm == Conv2dAlgorithm::kGemmNchw) {
-    // The input gradient's weights are packed there too, 24 bytes at a time: few pixels do not pay that back.
+    // The input gradient's weights are copied there in short runs: few pixels do not pay that back.
     if (direction == Conv2dDirection::kInputGrad && p.N * p.P * p.Q < kNchwPixels) return false;
     if (in_pairs(p)) return false;  // pairs are of neighbours in NHWC
     return p.P * p.Q > 1 && (p.R * p.S == 1 || p.R * p.S * p.C / p.groups <= kNchwDepth);

@@ -2,53 +2,27 @@
 // output channels, its columns positions, which is how y lies in memory. Of x no other layout is made.
 //   for a block of positions and a range of output channels (a task)
 //     pack the positions' panels                    B: the whole depth, kBlockBytes, stays in L2
-//     for a few tiles of channels                   A: the weights as they lie, [channel][depth]
-//       for a chain of the depth, for a panel, for each of those tiles
+//     for a few tiles of channels                   A: the weights as they lie, [channel][depth]; or of
+//       for a chain of the depth                       [depth][channel] a copy of this chain
+//         for a panel, for each of those tiles
 //         y += tile * panel
 // Panels begin at multiples of kTileColumns, so the bits do not depend on the blocks.
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/pack_nchw.h"
+#include "cpu/conv2d/prefetch.h"
 #include "cpu/conv2d/tile.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
 constexpr int64_t kBlockBytes = 200000;
-constexpr int64_t kGroupTiles = 2;   // rows that share what they read of a panel, while it is in L1
-constexpr int64_t kLeastPanels = 4;  // of a block: the weights are read once for each block
-constexpr int64_t kManyPanels = 16;  // for each thread: they share them evenly enough
-constexpr int64_t kLongChain = 256;  // products summed in registers before they join the rest
-constexpr int64_t kPackDepth = 32;
-constexpr int64_t kPackGrain = 65536;  // elements whose packing is worth a second thread
-constexpr int64_t kSmall = 200000;     // multiply-adds that are not worth a second thread
-constexpr int64_t kSetsBytes = 4096;   // rows so far apart, or a multiple of it, share a set of L1: 8 lines
-
-// A tile of transposed weights: [depth][kTileRows], and room for a vector.
-template <class T>
-constexpr int64_t packed_tile(int64_t depth) {
-  return depth * kTileRows + kLanes<T>;
-}
-
-// In the order of kPackDepth rows at a time: a cache line of them serves several tiles.
-template <class T>
-void pack_rows(const T* weight, int64_t groups, int64_t depth, int64_t rows, Accumulator<T>* packed) {
-  const int64_t tiles = ceil_div(rows, kTileRows);
-  const T* end = weight + groups * depth * rows;
-  parallel_for(groups * tiles, ceil_div(kPackGrain, depth * kTileRows), [&](int64_t begin, int64_t last) {
-    for (int64_t first = 0; first < depth; first += kPackDepth) {
-      for (int64_t i = begin; i < last; ++i) {
-        const T* from = weight + (i / tiles * depth + first) * rows + i % tiles * kTileRows;
-        Accumulator<T>* to = packed + i * packed_tile<T>(depth) + first * kTileRows;
-        for (int64_t d = first; d < min64(depth, first + kPackDepth); ++d, from += rows, to += kTileRows) {
-          for (int64_t j = 0; j < kTileRows; j += kLanes<T>) {
-            const int64_t left = end - from - j;
-            if (left > 0) store(to + j, left >= kLanes<T> ? load(from + j) : load_first(from + j, left));
-          }
-        }
-      }
-    }
-  });
-}
+constexpr int64_t kGroupTiles = 4;    // whose rows share what they read of a panel
+constexpr int64_t kRowsAhead = 8;     // of weights, asked for while they are copied
+constexpr int64_t kLeastPanels = 8;   // of a block: the weights are read once for each block
+constexpr int64_t kManyPanels = 8;    // for each thread: they share them evenly enough
+constexpr int64_t kLongChain = 256;   // products summed in registers before they join the rest
+constexpr int64_t kSmall = 200000;    // multiply-adds that are not worth a second thread
+constexpr int64_t kSetsBytes = 4096;  // rows so far apart, or a multiple of it, share a set of L1: 8 lines
 
 template <class T>
 struct PlanesProduct {
@@ -56,9 +30,9 @@ struct PlanesProduct {
   static constexpr int64_t kColumns = kTileColumns<Acc>;
 
   Gather<T> gather;
-  const Acc* weights;  // [group][rows][depth], or [group][tile of rows] as pack_rows lays them out
-  bool packed_rows;
-  const Acc* bias;  // a value a channel, or null
+  const Acc* weights;  // [group][rows][depth], or null:
+  const T* by_depth;   // [group][depth][rows]
+  const Acc* bias;     // a value a channel, or null
   T* out;
   int64_t rows;  // output channels of a group
   int64_t N, groups;
@@ -85,14 +59,32 @@ struct PlanesProduct {
     }
   }
 
+  // Depth [begin, end) of the tiles of rows [first, last), each [depth][kTileRows], `step` apart. What a
+  // vector writes behind a row is written again by the next one.
+  void copy_tiles(int64_t group, int64_t first, int64_t last, int64_t begin, int64_t end, Acc* to,
+                  int64_t step) const {
+    const T* const behind = by_depth + groups * gather.depth() * rows;
+    for (int64_t d = begin; d < end; ++d, to += kTileRows) {
+      const T* from = by_depth + (group * gather.depth() + d) * rows + first;
+      prefetch_run(from + kRowsAhead * rows, last - first);
+      for (int64_t row = first; row < last; row += kTileRows, from += kTileRows) {
+        Acc* tile = to + (row - first) / kTileRows * step;
+        for (int64_t j = 0; j < kTileRows; j += kLanes<T>) {
+          const int64_t left = behind - from - j;
+          if (left > 0) store(tile + j, left >= kLanes<T> ? load(from + j) : load_first(from + j, left));
+        }
+      }
+    }
+  }
+
   void run(int64_t group, int64_t position, int64_t count, int64_t row_begin, int64_t row_end) const {
     const int64_t depth = gather.depth(), panels = ceil_div(count, kColumns);
     const int64_t panel_step = (depth + 1) * kColumns;
     const int64_t chain = ceil_div(depth, ceil_div(depth, kLongChain));
-    const TileOperand operand = packed_rows ? TileOperand::kRowContiguous : TileOperand::kDepthContiguous;
-    const bool crowded = !packed_rows && kTileRows > 8 && depth * sizeof(Acc) % kSetsBytes == 0;
-    const int64_t spaced = chain + kLanes<Acc>;  // between rows that are copied for that
-    const int64_t a_step = packed_rows ? kTileRows : crowded ? spaced : depth;
+    const TileOperand operand = by_depth ? TileOperand::kRowContiguous : TileOperand::kDepthContiguous;
+    const bool crowded = !by_depth && kTileRows > 8 && depth * sizeof(Acc) % kSetsBytes == 0;
+    const int64_t spaced = chain + kLanes<Acc>;  // between rows that are copied
+    const int64_t a_step = by_depth ? kTileRows : crowded ? spaced : depth;
     Acc* packed = workspace<Acc>(Workspace::kA, panels * panel_step);
     Acc* sums = workspace<Acc>(Workspace::kB, panels * kGroupTiles * kTileRows * kColumns);
     pack_planes(planes_of_group(gather, group), gather.source + N * gather.pixel * gather.H * gather.W,
@@ -103,6 +95,9 @@ struct PlanesProduct {
       const int64_t last = min64(first + group_rows, row_end);
       for (int64_t d = 0; d < depth; d += chain) {
         const bool ends = d + chain >= depth;
+        if (by_depth) {
+          copy_tiles(group, first, last, d, min64(d + chain, depth), copied, kTileRows * spaced);
+        }
         for (int64_t row = first; crowded && row < last; ++row) {
           memcpy(copied + (row - first) * spaced, weights + (group * rows + row) * depth + d,
                  min64(chain, depth - d) * sizeof(Acc));
@@ -115,12 +110,8 @@ struct PlanesProduct {
           if (direct) c.c = reinterpret_cast<Acc*>(place(group * rows + first, at)), c.step = planes();
           for (int64_t row = first; row < last; row += kTileRows, c.c += kTileRows * c.step) {
             const int64_t row_count = min64(last - row, kTileRows), channel = group * rows + row;
-            const Acc* a = weights + channel * depth + d;
-            if (crowded) a = copied + (row - first) * spaced;
-            if (packed_rows) {
-              a = weights + (group * ceil_div(rows, kTileRows) + row / kTileRows) * packed_tile<T>(depth) +
-                  d * kTileRows;
-            }
+            const Acc* a =
+                by_depth || crowded ? copied + (row - first) * spaced : weights + channel * depth + d;
             c.row_bias = bias && ends ? bias + channel : nullptr;
             find_tile<Acc>(operand, row_count, columns)(a, a_step, packed + panel * panel_step + d * kColumns,
                                                         min64(chain, depth - d), c);
@@ -178,7 +169,7 @@ void forward_gemm_nchw(const Conv2dParams& p) {
   gather.pixel = p.C;
   PlanesProduct<T>{gather,
                    widened(static_cast<const T*>(p.weight), size, room),
-                   false,
+                   nullptr,
                    widened(static_cast<const T*>(p.bias), p.K, room + size),
                    static_cast<T*>(p.y),
                    p.K / p.groups,
@@ -190,14 +181,12 @@ void forward_gemm_nchw(const Conv2dParams& p) {
 // 1x1, stride 1: dx's product with dy and the transposed weights.
 template <class T>
 void input_grad_gemm_nchw(const Conv2dParams& p) {
-  using Acc = Accumulator<T>;
-  const int64_t outputs = p.K / p.groups, channels = p.C / p.groups;
-  Acc* packed =
-      workspace<Acc>(Workspace::kShared, p.groups * ceil_div(channels, kTileRows) * packed_tile<T>(outputs));
-  pack_rows(static_cast<const T*>(p.weight), p.groups, outputs, channels, packed);
   const Gather<T> gather{
-      static_cast<const T*>(p.dy), p.P, p.Q, p.K, p.P, p.Q, 1, 1, 0, 0, 1, 1, 1, 1, outputs};
-  PlanesProduct<T>{gather, packed, true, nullptr, static_cast<T*>(p.dx), channels, p.N, p.groups}.run();
+      static_cast<const T*>(p.dy), p.P, p.Q, p.K, p.P, p.Q, 1, 1, 0, 0, 1, 1, 1, 1, p.K / p.groups};
+  PlanesProduct<T>{
+      gather, nullptr, static_cast<const T*>(p.weight), nullptr, static_cast<T*>(p.dx), p.C / p.groups,
+      p.N,    p.groups}
+      .run();
 }
 
 #define INSTANTIATE(T)                                     \

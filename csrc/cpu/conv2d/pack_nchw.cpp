@@ -4,10 +4,13 @@
 // s*tap_w / stride_w of phase s*tap_w % stride_w.
 #include "cpu/conv2d/pack_nchw.h"
 
+#include "cpu/conv2d/prefetch.h"
 #include "cpu/workspace.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
+
+constexpr int64_t kPlanesAhead = 4;  // whose lines are asked for: planes are too far apart to be foreseen
 
 struct Run {
   int64_t from, to, count;
@@ -60,6 +63,7 @@ void make_line(const Lines<T>& lines, const T* plane, int64_t h, Accumulator<T>*
   const int64_t left = min64(max64(-g.base_w, 0), lines.elements);
   const int64_t right = max64(left, min64(g.W - g.base_w, lines.elements));
   const T* from = plane + h * g.W + g.base_w;
+  prefetch_run(from + left + kPlanesAhead * g.H * g.W, right - left);
   int64_t i = 0;
   for (; i < left; ++i) padded[i] = 0;
   for (; i + kLanes<T> <= right; i += kLanes<T>) store(padded + i, load(from + i));
@@ -112,6 +116,9 @@ void pack_planes(const Gather<T>& g, const T* end, int64_t position, int64_t cou
   for (int64_t d = depth_begin; d < depth_end; ++d, to += out.row_step) {
     const T* channel = g.source + c * plane;
     if (as_it_lies) {
+      for (const Run* run = runs; run < runs + run_count; ++run) {
+        prefetch_run(channel + run->from + kPlanesAhead * plane, run->count);
+      }
       copy_runs(channel, end, runs, run_count, to);
       ++c;
       continue;
