@@ -82,12 +82,12 @@ template <class A, class Sum>
 CUDA_CNN_INLINE void accumulate(Sum& sum, A a, A b) {
   sum = fma(a, b, sum);
 }
-#if defined(CUDA_CNN_ISA_AVX2)
+#if defined(CUDA_CNN_ISA_AVX2) || defined(CUDA_CNN_ISA_AVX512)
 CUDA_CNN_INLINE void accumulate(Vec<float>& sum, Vec<float> a, Vec<float> b) {
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 CUDA_CNN_INLINE void accumulate(Vec<double>& sum, Vec<double> a, Vec<double> b) {
-  asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 #endif
 
