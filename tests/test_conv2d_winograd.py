@@ -19,7 +19,7 @@ WINOGRAD_CASES = {
     "groups": ((2, 36, 9, 10), (40, 18, 3, 3), ((1, 1), (1, 1), (1, 1), 2)),
     "filters over threads": ((1, 150, 14, 14), (96, 150, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
     "few tiles, sums in steps of channels": ((1, 260, 7, 9), (70, 260, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
-    "U and V that no thread has for itself": (
+    "U that is too large to be kept": (
         (1, 128, 46, 44),
         (260, 128, 3, 3),
         ((1, 1), (1, 1), (1, 1), 1),

@@ -7,10 +7,11 @@
 //   M, and the inverse transform adds bias and residual, rectifies and stores. V and M stay in L2 or near it:
 //   the transformed activations never exist as a whole.
 // Two schedules:
-//   tiles over threads, all filters transformed up front: many tiles for the filters
-//   filters over threads: many filters; a panel's U is made just before its use, and used for many tiles
-// What all threads read, U or V, each makes for itself: from another core's cache it would come more slowly.
-// What is too large for such a cache is in L3 soon, and is made once.
+//   tiles over threads: many tiles for the filters
+//   filters over threads: many filters for the tiles
+// U is kept where it is small; else a panel's is made just before its use, for a block of many tiles. What
+// several threads read, U or V, each makes for itself: another core's lines may come more slowly than they
+// are made anew, by half of the whole layer's time.
 #include "cpu/conv2d/winograd.h"
 
 #include "cpu/conv2d/prefetch.h"
@@ -25,8 +26,9 @@ constexpr int kLane = kLanes<float>;
 constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kTilesAlone = 8;      // not worth a second thread
 constexpr int64_t kTilesAhead = 2;      // whose outputs are asked for: they are stored in many short runs
-constexpr int64_t kOwnU = 4194304;      // bytes up to which each thread makes its own
-constexpr int64_t kOwnV = 2097152;      // likewise
+constexpr int64_t kKeptU = 4194304;     // bytes, a thread's
+constexpr int64_t kOwnV = 4915200;      // bytes of a block, in a thread's part of L3
+constexpr int64_t kTilesAtOnce = 56;    // with M of 36 * 56 * 32 * 4 bytes = 252 KiB of L2
 constexpr int64_t kTilesOfM = 84;       // whose M of one panel, 378 KiB, stays in L2 while U passes by
 constexpr int64_t kStepBytes = 475136;  // of U, which then is in L2 from its making to its use
 constexpr int64_t kTapsAhead = 6;       // channels of them: nine streams, too many to be foreseen
@@ -228,6 +230,7 @@ struct Problem {
   int64_t step() const { return step_channels<T>(gather.channels, pieces, tiles); }
   int64_t steps() const { return ceil_div(gather.channels, step()); }
   // U of one step of a panel.
+  bool keeps_u() const { return panels() * steps() * u_size() * static_cast<int64_t>(sizeof(E)) <= kKeptU; }
   int64_t u_size() const { return pieces * kWinogradPoints<T> * u_step<E>(step(), pieces); }
   void transform(int64_t panel, int64_t i, E* u) const {
     transform_filters(filters, group, panel * kColumns, gather.channels, i * step(),
@@ -249,32 +252,41 @@ struct Problem {
     }
     store_outputs(gather, scatter, left, group * columns() + panel * kColumns, m, begin, end);
   }
+  // The same with a U that is made now, in u.
+  void make_and_multiply(int64_t panel, E* u, const T* v, int64_t v_step, int64_t begin, int64_t end) const {
+    const auto made = [&](int64_t i) { return transform(panel, i, u), u; };
+    const auto kept = [&](int64_t) { return u; };
+    if (tiles <= kTilesOfM) return multiply(panel, made, v, v_step, begin, end);
+    made(0);  // the only step
+    for (int64_t t = begin; t < end; t += kTilesAtOnce) {
+      multiply(panel, kept, v + (t - begin) * v_tile_step(gather.channels), v_step, t,
+               min64(t + kTilesAtOnce, end));
+    }
+  }
 };
 
 template <class T>
 void tiles_over_threads(const Problem<T>& p, int64_t block) {
   using E = PairOf<T>;
   const int64_t v_step = (block + p.halo()) * v_tile_step(p.gather.channels) + kPad;
-  const int64_t steps = p.steps(), u_size = p.panels() * steps * p.u_size(),
-                u_bytes = u_size * static_cast<int64_t>(sizeof(E));
-  E* shared = u_bytes <= kOwnU ? nullptr : workspace<E>(Workspace::kShared, u_size);
-  const auto transform = [&](int64_t begin, int64_t end, E* u) {
-    for (int64_t i = begin; i < end; ++i) p.transform(i / steps, i % steps, u + i * p.u_size());
-  };
-  if (shared) {
-    parallel_for(p.panels() * steps, 1, [&](int64_t begin, int64_t end) { transform(begin, end, shared); });
-  }
-  const int64_t blocks = ceil_div(p.tiles, block);
+  const int64_t steps = p.steps(), blocks = ceil_div(p.tiles, block);
+  const bool keeps = p.keeps_u();
   parallel_for(blocks, p.alone() ? blocks : 1, [&](int64_t first, int64_t last) {
     T* v = workspace<T>(Workspace::kA, kWinogradPoints<T> * v_step);
-    E* u = shared ? shared : workspace<E>(Workspace::kD, u_size);
-    if (!shared) transform(0, p.panels() * steps, u);
+    E* u = workspace<E>(Workspace::kD, (keeps ? p.panels() * steps : 1) * p.u_size());
+    for (int64_t i = 0; keeps && i < p.panels() * steps; ++i) {
+      p.transform(i / steps, i % steps, u + i * p.u_size());
+    }
     for (int64_t begin = first * block; begin < min64(last * block, p.tiles); begin += block) {
       const int64_t end = min64(begin + block, p.tiles);
       p.transform_inputs(begin, end + p.halo(), v, v_step);
       for (int64_t panel = 0; panel < p.panels(); ++panel) {
-        const auto u_of = [&](int64_t i) { return u + (panel * steps + i) * p.u_size(); };
-        p.multiply(panel, u_of, v, v_step, begin, end);
+        if (keeps) {
+          const auto kept = [&](int64_t i) { return u + (panel * steps + i) * p.u_size(); };
+          p.multiply(panel, kept, v, v_step, begin, end);
+        } else {
+          p.make_and_multiply(panel, u, v, v_step, begin, end);
+        }
       }
     }
   });
@@ -283,51 +295,30 @@ void tiles_over_threads(const Problem<T>& p, int64_t block) {
 template <class T>
 void filters_over_threads(const Problem<T>& p, int64_t block) {
   using E = PairOf<T>;
-  const int64_t tile_step = v_tile_step(p.gather.channels), v_step = (block + p.halo()) * tile_step + kPad;
-  const int64_t v_size = kWinogradPoints<T> * v_step, v_bytes = v_size * static_cast<int64_t>(sizeof(T));
-  T* shared = v_bytes <= kOwnV ? nullptr : workspace<T>(Workspace::kShared, v_size);
-  for (int64_t begin = 0; begin < p.tiles; begin += block) {
-    const int64_t end = min64(begin + block, p.tiles);
-    if (shared) {
-      parallel_for(end + p.halo() - begin, 4, [&](int64_t first, int64_t last) {
-        p.transform_inputs(begin + first, begin + last, shared + first * tile_step, v_step);
-      });
+  const int64_t v_step = (block + p.halo()) * v_tile_step(p.gather.channels) + kPad;
+  parallel_for(p.panels(), 1, [&](int64_t first, int64_t last) {
+    E* u = workspace<E>(Workspace::kD, p.u_size());
+    T* v = workspace<T>(Workspace::kA, kWinogradPoints<T> * v_step);
+    for (int64_t begin = 0; begin < p.tiles; begin += block) {
+      const int64_t end = min64(begin + block, p.tiles);
+      p.transform_inputs(begin, end + p.halo(), v, v_step);
+      for (int64_t panel = first; panel < last; ++panel) p.make_and_multiply(panel, u, v, v_step, begin, end);
     }
-    parallel_for(p.panels(), 1, [&](int64_t first, int64_t last) {
-      E* u = workspace<E>(Workspace::kD, p.u_size());
-      T* v = shared ? shared : workspace<T>(Workspace::kA, v_size);
-      if (!shared) p.transform_inputs(begin, end + p.halo(), v, v_step);
-      for (int64_t panel = first; panel < last; ++panel) {
-        const auto made = [&](int64_t i) { return p.transform(panel, i, u), u; };
-        const auto kept = [&](int64_t) { return u; };
-        if (p.tiles <= kTilesOfM) {
-          p.multiply(panel, made, v, v_step, begin, end);
-          continue;
-        }
-        made(0);  // the only step
-        // M of 56 tiles: 36 * 56 * 32 * 4 bytes = 252 KiB of L2.
-        for (int64_t t = begin; t < end; t += 56) {
-          p.multiply(panel, kept, v + (t - begin) * tile_step, v_step, t, min64(t + 56, end));
-        }
-      }
-    });
-  }
+  });
 }
 
-// Tiles whose V is half of an L2 of 1 MiB.
-template <class T>
-int64_t tiles_in_cache(int64_t channels) {
-  return 524288 / (kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(channels));
-}
-
-// The most tiles of a block, which is V and all of U read once each for a panel, from L2 or beyond. U takes
-// less time for more tiles; register tiles of 14 rows need little of it, and V and M are better in L2.
+// The most tiles of a block. With a U that is kept, which is read once for each, V and M are to be in L2, of
+// 1 MiB; U takes less time for more tiles, but register tiles of 14 rows need little of it. Where U is made
+// for each block anew, V is as large as is still near.
 constexpr bool kShortTiles = kTileRows < 14;
 template <class T>
-int64_t block_tiles(int64_t fits, int64_t channels) {
+int64_t block_tiles(const Problem<T>& p, bool keeps_u) {
+  const int64_t tile_bytes =
+      kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(p.gather.channels);
+  if (!keeps_u) return max64(kTileRows, kOwnV / tile_bytes);
+  if (kShortTiles) return (p.gather.channels > 192 ? 8 : 4) * kTileRows;
   const int64_t of_m = 262144 / (kWinogradPoints<T> * kColumns * static_cast<int64_t>(sizeof(float)));
-  const int64_t rows = kShortTiles ? (channels > 192 ? 8 : 4) : max64(1, min64(fits, of_m) / kTileRows);
-  return rows * kTileRows;
+  return max64(kTileRows, min64(524288 / tile_bytes, of_m) / kTileRows * kTileRows);
 }
 
 }  // namespace
@@ -338,21 +329,18 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
   for (int64_t group = 0; group < groups; ++group) {
     Problem<T> p{gather, scatter, filters, group, winograd_tiles(gather, N)};
     p.gather = p.gather.of_group(group);
-    const int64_t fits = tiles_in_cache<T>(gather.channels);
-    const int64_t most = block_tiles<T>(fits, gather.channels);
-    // The busiest thread's work: 1 for a tile's V, and for reading it for a panel where all V are not in L2;
-    // 5 for its products with a vector of filters, 72 for a panel's U.
     const int64_t threads = p.alone() ? 1 : num_threads(), vectors = ceil_div(p.columns(), kLane);
-    const int64_t product = fits < p.tiles / 2 ? 11 : 10;
-    const int64_t by_tiles = 72 * p.panels() + ceil_div(p.tiles, threads) * (5 * vectors + 1);
-    const int64_t by_filters = ceil_div(p.panels(), threads) * (72 + product * p.tiles) + p.tiles;
-    const bool few_channels = kShortTiles || gather.channels <= 128;
-    if ((few_channels && by_tiles < by_filters) || p.panels() < num_threads()) {
-      // As many blocks for each thread.
-      const int64_t blocks = ceil_div(ceil_div(p.tiles, most), threads) * threads;
-      tiles_over_threads(p, ceil_div(p.tiles, blocks));
+    const int64_t share = ceil_div(p.tiles, threads);
+    const int64_t blocks = ceil_div(share, block_tiles(p, p.keeps_u()));  // of a thread
+    const int64_t all_blocks = ceil_div(p.tiles, block_tiles(p, false));
+    // The busiest thread's work: 1 for a tile's V, 5 for its products with a vector of filters, 72 for a
+    // panel's U.
+    const int64_t by_tiles = 72 * p.panels() * (p.keeps_u() ? 1 : blocks) + share * (5 * vectors + 1);
+    const int64_t by_filters = ceil_div(p.panels(), threads) * (72 * all_blocks + 10 * p.tiles) + p.tiles;
+    if (by_tiles < by_filters || p.panels() < num_threads()) {
+      tiles_over_threads(p, ceil_div(p.tiles, blocks * threads));
     } else {
-      filters_over_threads(p, min64(p.tiles, 196));
+      filters_over_threads(p, ceil_div(p.tiles, all_blocks));
     }
   }
 }
