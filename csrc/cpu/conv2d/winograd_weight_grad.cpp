@@ -230,10 +230,11 @@ void weight_grad_winograd(const Conv2dParams& p) {
          ceil_div(outputs, kColumns),
          winograd_tiles(forward_gather<float>(p), p.N)};
   w.lay_out();
-  // A chunk's sums, points * channels * columns, are not to outweigh its V and M, points * tiles * (channels
-  // + columns), and those of all stay in a cache.
+  // A chunk's sums, points * channels * columns, are to be an eighth of its V and M, points * tiles *
+  // (channels
+  // + columns), as in the end some come from another core's cache; and those of all stay in one.
   const int64_t columns = w.panels * kColumns;
-  const int64_t least = max64(kTileRows, channels * columns / (channels + columns));
+  const int64_t least = max64(kTileRows, 8 * channels * columns / (channels + columns));
   const int64_t most = min64(w.tiles / least, kAllSums / w.u_chunk);
   for (w.chunks = 1; w.chunks < 8 && 2 * w.chunks <= most;) w.chunks *= 2;
   // V and M of a block stay in L2, of 1 MiB, or without chunks in two; but dU passes through memory for each
