@@ -185,12 +185,12 @@ void forward(const BatchNormParams& p) {
     memcpy(coefficients.mean, p.mean, channels * sizeof(double));
     memcpy(coefficients.var, p.var, channels * sizeof(double));
   } else {
-    read_channels(p.running_mean, 0, channels, coefficients.mean);
-    read_channels(p.running_var, 1, channels, coefficients.var);
+    read_channels(p.running_mean, 0, 0, channels, coefficients.mean);
+    read_channels(p.running_var, 1, 0, channels, coefficients.var);
   }
-  read_channels(p.weight, 1, channels, coefficients.weight);
-  read_channels(p.bias, 0, channels, coefficients.bias);
-  coefficients.set_map(channels, p.eps);
+  read_channels(p.weight, 1, 0, channels, coefficients.weight);
+  read_channels(p.bias, 0, 0, channels, coefficients.bias);
+  coefficients.set_map(0, channels, p.eps);
   for_all(p.shape, [&](int64_t begin, int64_t end) { normalise<T>(p, coefficients, begin, end); });
 }
 

@@ -104,8 +104,8 @@ struct Coefficients {
   CUDA_CNN_INLINE GradientLanes<A> gradient_of(int64_t c) const {
     return {broadcast(array(3)[c]), broadcast(array(4)[c]), broadcast(array(5)[c])};
   }
-  void set_map(int64_t channels, double eps) const {
-    for (int64_t c = 0; c < channels; ++c) {
+  void set_map(int64_t begin, int64_t end, double eps) const {
+    for (int64_t c = begin; c < end; ++c) {
       const BatchNormMap<A> m = batch_norm_map<A>(mean[c], var[c], weight[c], bias[c], eps);
       array(0)[c] = m.mean;
       array(1)[c] = m.scale;
@@ -114,19 +114,25 @@ struct Coefficients {
   }
 };
 
-CUDA_CNN_INLINE void read_channels(const ChannelVector& values, double if_null, int64_t channels,
+CUDA_CNN_INLINE void read_channels(const ChannelVector& values, double if_null, int64_t begin, int64_t end,
                                    double* out) {
   if (!values.data) {
-    for (int64_t c = 0; c < channels; ++c) out[c] = if_null;
+    for (int64_t c = begin; c < end; ++c) out[c] = if_null;
     return;
   }
   dispatch_dtype(values.dtype, [&](auto element) {
     const auto* in = static_cast<const decltype(element)*>(values.data);
-    for (int64_t c = 0; c < channels; ++c) out[c] = widen(in[c]);
+    for (int64_t c = begin; c < end; ++c) out[c] = widen(in[c]);
   });
 }
-CUDA_CNN_INLINE void write_channels(const double* values, int64_t channels, const MutableChannelVector& out) {
-  for (int64_t c = 0; c < channels; ++c) out.set(c, values[c]);
+CUDA_CNN_INLINE void write_channels(const double* values, int64_t begin, int64_t end,
+                                    const MutableChannelVector& out) {
+  if (!out.data) return;
+  dispatch_dtype(out.dtype, [&](auto element) {
+    using T = decltype(element);
+    auto* to = static_cast<T*>(out.data);
+    for (int64_t c = begin; c < end; ++c) to[c] = narrow<T>(static_cast<Accumulator<T>>(values[c]));
+  });
 }
 
 // ---- How a tensor is cut
@@ -210,8 +216,9 @@ CUDA_CNN_INLINE void for_each_vector(int64_t length, const Fn& fn) {
 #pragma GCC unroll 4
     for (int v = 0; v < kWide; ++v) fn(i + v * kLanes<A>, v, int64_t{kLanes<A>});
   }
-  for (; i + kLanes<A> <= length; i += kLanes<A>) fn(i, 0, int64_t{kLanes<A>});
-  if (i < length) fn(i, 1, length - i);
+#pragma GCC unroll 4
+  for (int v = 0; v < kWide - 1 && i + kLanes<A> <= length; ++v, i += kLanes<A>) fn(i, v, int64_t{kLanes<A>});
+  if (i < length) fn(i, kWide - 1, length - i);
 }
 
 // Calls fn(begin, end) for stretches of rows (channels_last) or planes; the last ones first, in stretches

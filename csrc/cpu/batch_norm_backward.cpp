@@ -1,9 +1,15 @@
 // Batch normalisation on the CPU, backward: one pass for Σg and Σg·(x − mean), one for dx; g is dy under the
-// mask.
+// mask. A thread makes both over some of the channels, or all threads make one after the other: the same
+// bits.
 #include "cpu/batch_norm.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
+
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kCachedBytes = 512 << 10;  // of x, dy and dx: half of a core's second cache
+// The fewest that a thread takes of channels (contiguous) or of cache lines in each row (channels_last).
+constexpr int64_t kUnits = 8;
 
 // What says which elements the ReLU let pass.
 enum class Mask { kNone, kFromX, kFromY };
@@ -45,24 +51,23 @@ struct Pass {
 // Adds Σg and Σg·(x − mean) of the rows [begin, end) to sum_g and sum_gx, for the channels from `first`.
 template <class T, Mask kMask, class A = Accumulator<T>>
 void row_sums(const Pass<T, kMask>& given, int64_t channels, int64_t begin, int64_t end, int64_t first,
-              int64_t width, double* sum_g, double* sum_gx) {
+              int64_t width, bool side_by_side, double* sum_g, double* sum_gx) {
   const Pass<T, kMask> pass = given;
   A g[kBlock], gx[kBlock];
   for (int64_t chunk = begin; chunk < end; chunk += kRows) {
-    for (int64_t i = 0; i < kBlock; ++i) g[i] = gx[i] = 0;
-    for_rows<4>(reads_side_by_side<T>(channels), chunk, min64(chunk + kRows, end),
-                [&](auto rows, int64_t row) {
-                  for_each_vector<A>(width, [&](int64_t i, int, int64_t lanes) {
-                    const MapLanes<A> map = pass.coefficients.map(first + i);
-                    Vec<A> row_g = load(g + i), row_gx = load(gx + i);
+    for (int64_t i = 0; i < ceil_div(width, kTile<A>) * kTile<A>; ++i) g[i] = gx[i] = 0;
+    for_rows<4>(side_by_side, chunk, min64(chunk + kRows, end), [&](auto rows, int64_t row) {
+      for_each_vector<A>(width, [&](int64_t i, int, int64_t lanes) {
+        const MapLanes<A> map = pass.coefficients.map(first + i);
+        Vec<A> row_g = load(g + i), row_gx = load(gx + i);
 #pragma GCC unroll 4
-                    for (int r = 0; r < rows.value; ++r) {
-                      pass.accumulate((row + r) * channels + first + i, lanes, map, row_g, row_gx);
-                    }
-                    store(g + i, row_g);
-                    store(gx + i, row_gx);
-                  });
-                });
+        for (int r = 0; r < rows.value; ++r) {
+          pass.accumulate((row + r) * channels + first + i, lanes, map, row_g, row_gx);
+        }
+        store(g + i, row_g);
+        store(gx + i, row_gx);
+      });
+    });
     for (int64_t i = 0; i < width; ++i) {
       sum_g[i] += g[i];
       sum_gx[i] += gx[i];
@@ -88,106 +93,170 @@ void plane_sums(const Pass<T, kMask>& given, const BatchNormShape& s, const Cut&
   });
 }
 
-// Leaves each channel's Σg and Σg·(x − mean) in the coefficients, and dresidual in its place.
-template <class T, Mask kMask>
-void gradient_sums(const Pass<T, kMask>& pass, const BatchNormShape& s) {
-  const Cut cut(s);
-  double* parts_g = workspace<double>(Workspace::kA, 2 * cut.groups * s.channels);
-  double* parts_gx = parts_g + cut.groups * s.channels;
-  for_each_part(s, cut, [&](int64_t group, int64_t first, int64_t width) {
-    double *part_g = parts_g + group * s.channels + first, *part_gx = parts_gx + group * s.channels + first;
-    for (int64_t i = 0; i < width; ++i) part_g[i] = part_gx[i] = 0;
-    if (s.channels_last) {
-      row_sums(pass, s.channels, cut.begin(group), cut.end(group), first, width, part_g, part_gx);
-    } else {
-      plane_sums(pass, s, cut, group, first, *part_g, *part_gx);
-    }
-  });
-  double *sums_g = pass.coefficients.sum_g, *sums_gx = pass.coefficients.sum_gx;
-  for (int64_t g = 0; g < cut.groups; ++g) {
-    for (int64_t c = 0; c < s.channels; ++c) {
-      sums_g[c] += parts_g[g * s.channels + c];
-      sums_gx[c] += parts_gx[g * s.channels + c];
-    }
-  }
-}
-
-// From the sums to the coefficients of dx, and to dweight and dbias, which take the place of mean and var:
-// vector code, thanks to locals of which it is known that they do not overlap.
-template <class A>
-void finish_channels(const BatchNormBackwardParams& p, const Coefficients<A>& k) {
-  const int64_t channels = p.shape.channels, count = p.shape.per_channel();
-  const double eps = p.eps;
-  const bool training = p.training;
-  const double* __restrict__ sum_g = k.sum_g, * __restrict__ sum_gx = k.sum_gx, * __restrict__ weight = k.weight;
-  double* __restrict__ mean = k.mean, * __restrict__ var = k.var;
-  A* __restrict__ scale = k.array(3), * __restrict__ slope = k.array(4), * __restrict__ offset = k.array(5);
-  for (int64_t c = 0; c < channels; ++c) {
-    const BatchNormGradient<A> gradient =
-        batch_norm_gradient<A>(sum_g[c], sum_gx[c], mean[c], var[c], weight[c], eps, count, training);
-    scale[c] = gradient.scale;
-    slope[c] = gradient.slope;
-    offset[c] = gradient.offset;
-    mean[c] = gradient.dweight;
-    var[c] = gradient.dbias;
-  }
-  write_channels(mean, channels, p.dweight);
-  write_channels(var, channels, p.dbias);
-}
-
-// dx of the rows or planes [begin, end).
+// dx of the rows [begin, end), of the channels from `first`.
 template <class T, Mask kMask, class A = Accumulator<T>>
-void gradient_of_input(const Pass<T, kMask>& given, const BatchNormShape& s, int64_t begin, int64_t end) {
+void rows_gradient(const Pass<T, kMask>& given, int64_t channels, int64_t begin, int64_t end, int64_t first,
+                   int64_t width) {
+  const Pass<T, kMask> pass = given;
+  for_rows<2>(writes_side_by_side<T>(channels), begin, end, [=](auto rows, int64_t row) {
+    for_each_vector<A>(width, [=](int64_t i, int, int64_t lanes) {
+      const MapLanes<A> map = pass.coefficients.map(first + i);
+      const GradientLanes<A> gradient = pass.coefficients.gradient(first + i);
+#pragma GCC unroll 2
+      for (int r = 0; r < rows.value; ++r) {
+        pass.apply((row + r) * channels + first + i, lanes, map, gradient);
+      }
+    });
+  });
+}
+
+// dx of the planes [begin, end), the first of which is of channel `channel`.
+template <class T, Mask kMask, class A = Accumulator<T>>
+void planes_gradient(const Pass<T, kMask>& given, const BatchNormShape& s, int64_t begin, int64_t end,
+                     int64_t channel) {
   const Pass<T, kMask> pass = given;
   const int64_t channels = s.channels, spatial = s.spatial;
-  if (s.channels_last) {
-    for_rows<2>(writes_side_by_side<T>(channels), begin, end, [=](auto rows, int64_t row) {
-      for_each_vector<A>(channels, [=](int64_t c, int, int64_t lanes) {
-        const MapLanes<A> map = pass.coefficients.map(c);
-        const GradientLanes<A> gradient = pass.coefficients.gradient(c);
-#pragma GCC unroll 2
-        for (int r = 0; r < rows.value; ++r) pass.apply((row + r) * channels + c, lanes, map, gradient);
-      });
-    });
-    return;
-  }
   for (int64_t plane = begin; plane < end; ++plane) {
-    const MapLanes<A> map = pass.coefficients.map_of(plane % channels);
-    const GradientLanes<A> gradient = pass.coefficients.gradient_of(plane % channels);
+    const MapLanes<A> map = pass.coefficients.map_of(channel);
+    const GradientLanes<A> gradient = pass.coefficients.gradient_of(channel);
     for_each_vector<A>(spatial, [=](int64_t i, int, int64_t lanes) {
       pass.apply(plane * spatial + i, lanes, map, gradient);
     });
+    if (++channel == channels) channel = 0;
   }
 }
 
+// A call, in steps over channels [begin, end), groups, rows and planes, which any threads can take.
 template <class T, Mask kMask>
-void backward(const BatchNormBackwardParams& p) {
+struct Backward {
   using A = Accumulator<T>;
-  const int64_t channels = p.shape.channels;
-  const Coefficients<A> k(channels);
-  read_channels(p.mean, 0, channels, k.mean);
-  read_channels(p.var, 1, channels, k.var);
-  read_channels(p.weight, 1, channels, k.weight);
-  read_channels(p.bias, 0, channels, k.bias);
-  k.set_map(channels, p.eps);
-  const Pass<T, kMask> pass = {static_cast<const T*>(p.x),   static_cast<const T*>(p.dy),
-                               static_cast<const T*>(p.y),   static_cast<T*>(p.dx),
-                               static_cast<T*>(p.dresidual), p.training,
-                               streams<T>(p.dx, p.shape),    k};
-  for (int64_t c = 0; c < channels; ++c) k.sum_g[c] = k.sum_gx[c] = 0;
-  if (p.training || p.dweight.data || p.dbias.data || p.dresidual) gradient_sums(pass, p.shape);
-  finish_channels(p, k);
-  if (!p.dx) return;
-  for_all(p.shape, [&](int64_t begin, int64_t end) { gradient_of_input(pass, p.shape, begin, end); });
-}
+  const BatchNormBackwardParams& p;
+  const BatchNormShape& s;
+  const Cut cut;
+  const Coefficients<A> k;
+  const Pass<T, kMask> pass;
+  double *const parts_g, *const parts_gx;
+
+  explicit Backward(const BatchNormBackwardParams& params)
+      : p(params),
+        s(p.shape),
+        cut(s),
+        k(s.channels),
+        pass{static_cast<const T*>(p.x),   static_cast<const T*>(p.dy),
+             static_cast<const T*>(p.y),   static_cast<T*>(p.dx),
+             static_cast<T*>(p.dresidual), p.training,
+             streams<T>(p.dx, s),          k},
+        parts_g(workspace<double>(Workspace::kA, 2 * cut.groups * s.channels)),
+        parts_gx(parts_g + cut.groups * s.channels) {}
+
+  bool needs_sums() const { return p.training || p.dweight.data || p.dbias.data || p.dresidual; }
+
+  void read_statistics(int64_t begin, int64_t end) const {
+    read_channels(p.mean, 0, begin, end, k.mean);
+    read_channels(p.var, 1, begin, end, k.var);
+    read_channels(p.weight, 1, begin, end, k.weight);
+    if (kMask == Mask::kFromX) {
+      read_channels(p.bias, 0, begin, end, k.bias);
+      k.set_map(begin, end, p.eps);
+    } else {
+      for (int64_t c = begin; c < end; ++c) k.array(0)[c] = static_cast<A>(k.mean[c]);
+    }
+  }
+
+  // Leaves Σg and Σg·(x − mean) of the group among the parts, and dresidual in its place.
+  void sum_part(int64_t group, int64_t first, int64_t width, bool side_by_side) const {
+    double *part_g = parts_g + group * s.channels + first, *part_gx = parts_gx + group * s.channels + first;
+    for (int64_t i = 0; i < width; ++i) part_g[i] = part_gx[i] = 0;
+    if (s.channels_last) {
+      row_sums(pass, s.channels, cut.begin(group), cut.end(group), first, width, side_by_side, part_g,
+               part_gx);
+      return;
+    }
+    for (int64_t i = 0; i < width; ++i) plane_sums(pass, s, cut, group, first + i, part_g[i], part_gx[i]);
+  }
+
+  // From the parts to the coefficients of dx, and to dweight and dbias, which take the place of mean and var:
+  // vector code, thanks to locals of which it is known that they do not overlap.
+  void finish_channels(int64_t begin, int64_t end) const {
+    double* __restrict__ sum_g = k.sum_g, * __restrict__ sum_gx = k.sum_gx;
+    for (int64_t c = begin; c < end; ++c) sum_g[c] = sum_gx[c] = 0;
+    for (int64_t g = 0; needs_sums() && g < cut.groups; ++g) {
+      for (int64_t c = begin; c < end; ++c) {
+        sum_g[c] += parts_g[g * s.channels + c];
+        sum_gx[c] += parts_gx[g * s.channels + c];
+      }
+    }
+    const int64_t count = s.per_channel();
+    const double eps = p.eps;
+    const bool training = p.training;
+    const double* __restrict__ weight = k.weight;
+    double* __restrict__ mean = k.mean, * __restrict__ var = k.var;
+    A* __restrict__ scale = k.array(3), * __restrict__ slope = k.array(4), * __restrict__ offset = k.array(5);
+    for (int64_t c = begin; c < end; ++c) {
+      const BatchNormGradient<A> gradient =
+          batch_norm_gradient<A>(sum_g[c], sum_gx[c], mean[c], var[c], weight[c], eps, count, training);
+      scale[c] = gradient.scale;
+      slope[c] = gradient.slope;
+      offset[c] = gradient.offset;
+      mean[c] = gradient.dweight;
+      var[c] = gradient.dbias;
+    }
+    write_channels(mean, begin, end, p.dweight);
+    write_channels(var, begin, end, p.dbias);
+  }
+
+  // Both passes over channels that no other thread touches.
+  void run_channels(int64_t begin, int64_t end) const {
+    read_statistics(begin, end);
+    for (int64_t g = 0; needs_sums() && g < cut.groups; ++g) sum_part(g, begin, end - begin, true);
+    finish_channels(begin, end);
+    if (!p.dx) return;
+    if (s.channels_last) return rows_gradient(pass, s.channels, 0, s.per_channel(), begin, end - begin);
+    for (int64_t n = 0; n < s.batch; ++n) {
+      planes_gradient(pass, s, n * s.channels + begin, n * s.channels + end, begin);
+    }
+  }
+
+  // Each pass with all the threads: for parts of a channel too.
+  void run_passes() const {
+    read_statistics(0, s.channels);
+    if (needs_sums()) {
+      for_each_part(s, cut, [&](int64_t group, int64_t first, int64_t width) {
+        sum_part(group, first, width, reads_side_by_side<T>(s.channels));
+      });
+    }
+    finish_channels(0, s.channels);
+    if (!p.dx) return;
+    for_all(s, [&](int64_t begin, int64_t end) {
+      if (s.channels_last) return rows_gradient(pass, s.channels, begin, end, 0, s.channels);
+      planes_gradient(pass, s, begin, end, begin % s.channels);
+    });
+  }
+
+  // Channels apart, x and dy come once from memory, and the threads meet once. Not where too few channels are
+  // left for each thread, nor where, in channels_last, the strips that a core's cache holds would be narrow.
+  void run() const {
+    const int64_t unit = s.channels_last ? kCacheLine / static_cast<int64_t>(sizeof(T)) : 1;
+    const int64_t units = ceil_div(s.channels, unit), elements = unit * s.per_channel();
+    const int64_t cached = kCachedBytes / (3 * elements * static_cast<int64_t>(sizeof(T)));
+    const bool few = units < kUnits * num_threads() && s.per_channel() * s.channels > kElementsPerTask;
+    if (few || (s.channels_last && cached < kUnits)) return run_passes();
+    const int64_t block = min64(kBlock, max64(1, cached) * unit);
+    parallel_for(units, max64(kUnits, kElementsPerTask / 2 / elements), [&](int64_t begin, int64_t end) {
+      const int64_t last = min64(s.channels, end * unit);
+      for (int64_t c = begin * unit; c < last; c += block) run_channels(c, min64(c + block, last));
+      end_of_stream();
+    });
+  }
+};
 
 }  // namespace
 
 void batch_norm_backward(const BatchNormBackwardParams& p) {
   dispatch_dtype(p.shape.dtype, [&](auto element) {
     using T = decltype(element);
-    if (!p.relu) return backward<T, Mask::kNone>(p);
-    return p.y ? backward<T, Mask::kFromY>(p) : backward<T, Mask::kFromX>(p);
+    if (!p.relu) return Backward<T, Mask::kNone>(p).run();
+    return p.y ? Backward<T, Mask::kFromY>(p).run() : Backward<T, Mask::kFromX>(p).run();
   });
 }
 

@@ -37,11 +37,11 @@ constexpr int kVectorBytes = 16;
 #define CUDA_CNN_VECTOR_REGISTER "w"
 #endif
 
-template <class T>
+template <class T, int kBytes = kVectorBytes>
 struct VecTypes {
-  static constexpr int kLanes = kVectorBytes / sizeof(T);
-  typedef T Type __attribute__((vector_size(kVectorBytes)));
-  typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+  static constexpr int kLanes = kBytes / sizeof(T);
+  typedef T Type __attribute__((vector_size(kBytes)));
+  typedef T Unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
 };
 template <class T>
 using Vec = typename VecTypes<T>::Type;
@@ -214,17 +214,19 @@ CUDA_CNN_INLINE V relu(V v) {
   return v < 0 ? V{} : v;
 }
 
-// The lanes' sum, in an order that is the same every time.
-CUDA_CNN_INLINE float sum(Vec<float> v) {
-  float total = 0;
-  for (int i = 0; i < kLanes<float>; ++i) total += v[i];
-  return total;
+// The lanes' sum, half onto half: in an order that is the same every time, and a short chain.
+template <class T, int kBytes>
+CUDA_CNN_INLINE T sum_halves(typename VecTypes<T, kBytes>::Type v) {
+  if constexpr (kBytes == 2 * sizeof(T)) {
+    return v[0] + v[1];
+  } else {
+    typename VecTypes<T, kBytes / 2>::Type halves[2];
+    memcpy(halves, &v, kBytes);
+    return sum_halves<T, kBytes / 2>(halves[0] + halves[1]);
+  }
 }
-CUDA_CNN_INLINE double sum(Vec<double> v) {
-  double total = 0;
-  for (int i = 0; i < kLanes<double>; ++i) total += v[i];
-  return total;
-}
+CUDA_CNN_INLINE float sum(Vec<float> v) { return sum_halves<float, kVectorBytes>(v); }
+CUDA_CNN_INLINE double sum(Vec<double> v) { return sum_halves<double, kVectorBytes>(v); }
 
 // Hides a pointer from the optimiser: in a long unrolled loop g++ would otherwise keep every address in a
 // register of its own, and spill the accumulators.

@@ -127,9 +127,9 @@ HOST_DEVICE BatchNormGradient<A> batch_norm_gradient(double sum_g, double sum_gx
   const double lost = mean - static_cast<A>(mean);
   const double inverse_std = 1 / sqrt(var + eps);
   const double centred = sum_gx - lost * sum_g;
-  const double scale = weight * inverse_std;
-  const double slope = training ? -scale * inverse_std * inverse_std * centred / count : 0;
-  const double offset = training ? -scale * sum_g / count - slope * lost : 0;
+  const double scale = weight * inverse_std, share = 1.0 / count;
+  const double slope = training ? -scale * inverse_std * inverse_std * centred * share : 0;
+  const double offset = training ? -scale * sum_g * share - slope * lost : 0;
   return {static_cast<A>(scale), static_cast<A>(slope), static_cast<A>(offset), centred * inverse_std, sum_g};
 }
 
