@@ -10,6 +10,7 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
 constexpr int64_t kPieceBytes = 32 << 10;
+constexpr int64_t kPiecesForThreads = 8;  // one core copies as many while another is told to help
 
 typedef char Bytes __attribute__((vector_size(kVectorBytes), aligned(1), may_alias));
 
@@ -56,13 +57,13 @@ void concat(const ConcatParams& params) {
   const int64_t row_bytes = last.offset + last.bytes;
   if (row_bytes <= kPieceBytes) {
     const int64_t group = kPieceBytes / row_bytes;
-    parallel_for(ceil_div(params.rows, group), 2, [&](int64_t begin, int64_t end) {
+    parallel_for(ceil_div(params.rows, group), kPiecesForThreads, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) copy_rows(params, k * group, min64((k + 1) * group, params.rows));
     });
     return;
   }
   const int64_t pieces = ceil_div(row_bytes, kPieceBytes);
-  parallel_for(params.rows * pieces, 2, [&](int64_t begin, int64_t end) {
+  parallel_for(params.rows * pieces, kPiecesForThreads, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task % pieces * kPieceBytes;
       copy_piece(params, task / pieces, first, min64(first + kPieceBytes, row_bytes));

@@ -10,13 +10,14 @@ namespace cuda_cnn::ops {
 namespace {
 
 constexpr const char* kOp = "concat";
+constexpr unsigned kFew = 8;  // inputs; room for more comes from the heap
 
 // torch.cat passes over these whatever the other shapes are.
 bool is_legacy_empty(const at::Tensor& tensor) { return tensor.dim() == 1 && tensor.size(0) == 0; }
 
 // The dimensions from slowest to fastest in memory.
-std::vector<int64_t> memory_order(int64_t rank, at::MemoryFormat format) {
-  std::vector<int64_t> order;
+at::DimVector memory_order(int64_t rank, at::MemoryFormat format) {
+  at::DimVector order;
   for (int64_t i = 0; i < rank; ++i) order.push_back(i);
   if (is_channels_last(format)) {
     order.erase(order.begin() + 1);
@@ -42,7 +43,7 @@ struct Rows {
   bool regular = true;  // one stride reaches every row, and a row is dense
 };
 
-Rows rows_of(const at::Tensor& tensor, const std::vector<int64_t>& order, int64_t split) {
+Rows rows_of(const at::Tensor& tensor, at::IntArrayRef order, int64_t split) {
   Rows rows;
   int64_t dense = 1;
   for (int64_t k = tensor.dim() - 1; k >= split; --k) {
@@ -74,18 +75,21 @@ int64_t common_alignment(const ConcatParams& params) {
 }
 
 // Copies the tensors side by side along order[split] into rows of `output`.
-void copy_rows(const std::vector<at::Tensor>& tensors, at::Tensor& output, const std::vector<int64_t>& order,
-               int64_t split, at::MemoryFormat format) {
+void copy_rows(at::TensorList tensors, at::Tensor& output, at::IntArrayRef order, int64_t split,
+               at::MemoryFormat format) {
   const Rows target = rows_of(output, order, split);
-  std::vector<at::Tensor> kept;
-  std::vector<ConcatPart> parts;
+  std::vector<at::Tensor> copies;
+  c10::SmallVector<ConcatPart, kFew> parts;
   int64_t offset = 0;
   for (const at::Tensor& tensor : tensors) {
     if (tensor.numel() == 0) continue;
     Rows rows = rows_of(tensor, order, split);
-    kept.push_back(rows.regular ? tensor : tensor.contiguous(format));
-    if (!rows.regular) rows = rows_of(kept.back(), order, split);
-    parts.push_back({data(kept.back()), rows.bytes, rows.stride, offset});
+    const bool regular = rows.regular;
+    if (!regular) {
+      copies.push_back(tensor.contiguous(format));
+      rows = rows_of(copies.back(), order, split);
+    }
+    parts.push_back({data(regular ? tensor : copies.back()), rows.bytes, rows.stride, offset});
     offset += rows.bytes;
   }
   if (parts.empty()) return;
@@ -108,8 +112,8 @@ void check_sizes(const at::Tensor& tensor, const at::Tensor& first, int64_t dim,
 at::Tensor concat(at::TensorList tensors, int64_t dim) {
   TORCH_CHECK_VALUE(!tensors.empty(), kOp, ": expected a non-empty list of Tensors");
   const at::Tensor* first = nullptr;
-  std::vector<at::Tensor> used;
-  std::vector<int64_t> shape = {0};
+  c10::SmallVector<at::Tensor, kFew> used;
+  at::DimVector shape = {0};
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = tensors[i];
     TORCH_CHECK(tensor.layout() == at::kStrided, kOp, ": expected dense (strided) tensors, got ",
@@ -121,7 +125,7 @@ at::Tensor concat(at::TensorList tensors, int64_t dim) {
     if (first == nullptr) {
       first = &tensor;
       dim = at::maybe_wrap_dim(dim, tensor.dim());
-      shape = tensor.sizes().vec();
+      shape = at::DimVector(tensor.sizes());
       shape[dim] = 0;
     }
     check_sizes(tensor, *first, dim, i);
@@ -131,7 +135,7 @@ at::Tensor concat(at::TensorList tensors, int64_t dim) {
   const at::MemoryFormat format = common_format(tensors);
   at::Tensor output = empty_result(shape, tensors[0].options().memory_format(format));
   if (output.numel() == 0) return output;
-  const std::vector<int64_t> order = memory_order(output.dim(), format);
+  const at::DimVector order = memory_order(output.dim(), format);
   const int64_t split = std::find(order.begin(), order.end(), dim) - order.begin();
   copy_rows(used, output, order, split, format);
   return output;
@@ -161,7 +165,7 @@ void write_channels_(at::Tensor& buffer, const at::Tensor& x, int64_t start) {
   const at::MemoryFormat format = format_of(buffer);
   TORCH_CHECK(buffer.is_contiguous(format), kName, ": expected a dense buffer, contiguous or channels_last");
   at::Tensor slice = buffer.narrow(1, start, x.size(1));
-  const std::vector<int64_t> order = memory_order(buffer.dim(), format);
+  const at::DimVector order = memory_order(buffer.dim(), format);
   if (!buffer.is_inference()) buffer.unsafeGetTensorImpl()->bump_version();  // autograd sees the change
   copy_rows({x}, slice, order, is_channels_last(format) ? buffer.dim() - 1 : 1, format);
 }
