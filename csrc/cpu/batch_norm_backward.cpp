@@ -10,6 +10,9 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kCachedBytes = 512 << 10;  // of x, dy and dx: half of a core's second cache
 // The fewest that a thread takes of channels (contiguous) or of cache lines in each row (channels_last).
 constexpr int64_t kUnits = 8;
+// With as many one thread takes as long as two, where cores share no cache but the last and exchange slowly
+// the lines at which their work meets.
+constexpr int64_t kElementsForThreads = 65536;
 
 // What says which elements the ReLU let pass.
 enum class Mask { kNone, kFromX, kFromY };
@@ -75,30 +78,33 @@ void row_sums(const Pass<T, kMask>& given, int64_t channels, int64_t begin, int6
   }
 }
 
+// The same of a group's planes.
 template <class T, Mask kMask, class A = Accumulator<T>>
 void plane_sums(const Pass<T, kMask>& given, const BatchNormShape& s, const Cut& cut, int64_t group,
-                int64_t channel, double& sum_g, double& sum_gx) {
+                int64_t first, int64_t width, double* sum_g, double* sum_gx) {
   const Pass<T, kMask> pass = given;
-  const MapLanes<A> map = pass.coefficients.map_of(channel);
   const int64_t pitch = s.channels * s.spatial;
-  for_each_chunk(s, cut, group, channel, [&](int64_t start, int64_t runs, int64_t length) {
-    Vec<A> g[kWide] = {}, gx[kWide] = {};
-    for (int64_t r = 0; r < runs; ++r) {
-      for_each_vector<A>(length, [&](int64_t i, int slot, int64_t lanes) {
-        pass.accumulate(start + r * pitch + i, lanes, map, g[slot], gx[slot]);
-      });
-    }
-    sum_g += total<A>(g);
-    sum_gx += total<A>(gx);
-  });
+  for (int64_t c = 0; c < width; ++c) {
+    const MapLanes<A> map = pass.coefficients.map_of(first + c);
+    for_each_chunk(s, cut, group, first + c, [&](int64_t start, int64_t runs, int64_t length) {
+      Vec<A> g[kWide] = {}, gx[kWide] = {};
+      for (int64_t r = 0; r < runs; ++r) {
+        for_each_vector<A>(length, [&](int64_t i, int slot, int64_t lanes) {
+          pass.accumulate(start + r * pitch + i, lanes, map, g[slot], gx[slot]);
+        });
+      }
+      sum_g[c] += total<A>(g);
+      sum_gx[c] += total<A>(gx);
+    });
+  }
 }
 
 // dx of the rows [begin, end), of the channels from `first`.
 template <class T, Mask kMask, class A = Accumulator<T>>
 void rows_gradient(const Pass<T, kMask>& given, int64_t channels, int64_t begin, int64_t end, int64_t first,
-                   int64_t width) {
+                   int64_t width, bool side_by_side) {
   const Pass<T, kMask> pass = given;
-  for_rows<2>(writes_side_by_side<T>(channels), begin, end, [=](auto rows, int64_t row) {
+  for_rows<2>(side_by_side, begin, end, [=](auto rows, int64_t row) {
     for_each_vector<A>(width, [=](int64_t i, int, int64_t lanes) {
       const MapLanes<A> map = pass.coefficients.map(first + i);
       const GradientLanes<A> gradient = pass.coefficients.gradient(first + i);
@@ -172,13 +178,12 @@ struct Backward {
                part_gx);
       return;
     }
-    for (int64_t i = 0; i < width; ++i) plane_sums(pass, s, cut, group, first + i, part_g[i], part_gx[i]);
+    plane_sums(pass, s, cut, group, first, width, part_g, part_gx);
   }
 
-  // From the parts to the coefficients of dx, and to dweight and dbias, which take the place of mean and var:
-  // vector code, thanks to locals of which it is known that they do not overlap.
+  // From the parts to the coefficients of dx, and to dweight and dbias, which take the place of mean and var.
   void finish_channels(int64_t begin, int64_t end) const {
-    double* __restrict__ sum_g = k.sum_g, * __restrict__ sum_gx = k.sum_gx;
+    double *sum_g = k.sum_g, *sum_gx = k.sum_gx, *mean = k.mean, *var = k.var;
     for (int64_t c = begin; c < end; ++c) sum_g[c] = sum_gx[c] = 0;
     for (int64_t g = 0; needs_sums() && g < cut.groups; ++g) {
       for (int64_t c = begin; c < end; ++c) {
@@ -187,11 +192,10 @@ struct Backward {
       }
     }
     const int64_t count = s.per_channel();
-    const double eps = p.eps;
+    const double eps = p.eps, *weight = k.weight;
     const bool training = p.training;
-    const double* __restrict__ weight = k.weight;
-    double* __restrict__ mean = k.mean, * __restrict__ var = k.var;
-    A* __restrict__ scale = k.array(3), * __restrict__ slope = k.array(4), * __restrict__ offset = k.array(5);
+    A *scale = k.array(3), *slope = k.array(4), *offset = k.array(5);
+#pragma GCC ivdep  // vector code: no array overlaps another
     for (int64_t c = begin; c < end; ++c) {
       const BatchNormGradient<A> gradient =
           batch_norm_gradient<A>(sum_g[c], sum_gx[c], mean[c], var[c], weight[c], eps, count, training);
@@ -211,7 +215,9 @@ struct Backward {
     for (int64_t g = 0; needs_sums() && g < cut.groups; ++g) sum_part(g, begin, end - begin, true);
     finish_channels(begin, end);
     if (!p.dx) return;
-    if (s.channels_last) return rows_gradient(pass, s.channels, 0, s.per_channel(), begin, end - begin);
+    if (s.channels_last) {
+      return rows_gradient(pass, s.channels, 0, s.per_channel(), begin, end - begin, true);
+    }
     for (int64_t n = 0; n < s.batch; ++n) {
       planes_gradient(pass, s, n * s.channels + begin, n * s.channels + end, begin);
     }
@@ -228,7 +234,9 @@ struct Backward {
     finish_channels(0, s.channels);
     if (!p.dx) return;
     for_all(s, [&](int64_t begin, int64_t end) {
-      if (s.channels_last) return rows_gradient(pass, s.channels, begin, end, 0, s.channels);
+      if (s.channels_last) {
+        return rows_gradient(pass, s.channels, begin, end, 0, s.channels, writes_side_by_side<T>(s.channels));
+      }
       planes_gradient(pass, s, begin, end, begin % s.channels);
     });
   }
@@ -239,10 +247,10 @@ struct Backward {
     const int64_t unit = s.channels_last ? kCacheLine / static_cast<int64_t>(sizeof(T)) : 1;
     const int64_t units = ceil_div(s.channels, unit), elements = unit * s.per_channel();
     const int64_t cached = kCachedBytes / (3 * elements * static_cast<int64_t>(sizeof(T)));
-    const bool few = units < kUnits * num_threads() && s.per_channel() * s.channels > kElementsPerTask;
+    const bool few = units < kUnits * num_threads() && s.per_channel() * s.channels > kElementsForThreads;
     if (few || (s.channels_last && cached < kUnits)) return run_passes();
     const int64_t block = min64(kBlock, max64(1, cached) * unit);
-    parallel_for(units, max64(kUnits, kElementsPerTask / 2 / elements), [&](int64_t begin, int64_t end) {
+    parallel_for(units, max64(kUnits, kElementsForThreads / elements), [&](int64_t begin, int64_t end) {
       const int64_t last = min64(s.channels, end * unit);
       for (int64_t c = begin * unit; c < last; c += block) run_channels(c, min64(c + block, last));
       end_of_stream();
