@@ -53,31 +53,31 @@ CUDA_CNN_INLINE void store_tile(const Vec<Accumulator<E>> (&sums)[kRows][kVector
   }
 }
 
-// The lines that a tile is going to write, asked for row by row while it computes. All at once they would be
-// more than L1 waits for at a time, and what computes would wait too.
+// The lines that a tile is going to write, asked for row by row, or a few in a short sum, while it computes.
+// All at once they would be more than L1 waits for at a time, and what computes would wait too.
 template <class E, int kRows, int kVectors>
 struct OutputAhead {
   const char* row;
   int64_t step;
-  int left = kRows;
+  int left = kRows, at_once;
 
-  explicit OutputAhead(const TileOutput<Accumulator<E>>& out)
-      : row(reinterpret_cast<const char*>(out.c)), step(out.step * sizeof(Accumulator<E>)) {
+  OutputAhead(const TileOutput<Accumulator<E>>& out, int64_t times)
+      : row(reinterpret_cast<const char*>(out.c)),
+        step(out.step * sizeof(Accumulator<E>)),
+        at_once(times >= kRows ? 1 : kRows / (times + 1) + 1) {
     if (kDepthOf<E> == 1 || !out.narrowed) return;
     row = reinterpret_cast<const char*>(out.narrowed), step = out.narrowed_step * sizeof(BFloat16);
   }
   CUDA_CNN_INLINE void next() {
-    if (left == 0) return;
+    for (int i = 0; i < at_once && left > 0; ++i, --left, row += step) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) __builtin_prefetch(row + j * kVectorBytes, 1);
-    row += step;
-    --left;
+      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(row + j * kVectorBytes, 1);
+    }
   }
 };
 
-// sum += a * b, in the sum's register. In a long loop for 16 registers g++ would have another take it here
-// and there, then lack one, and a sum that passes through memory takes longer than the multiply-adds beside
-// it.
+// sum += a * b, in the sum's register. In a long loop g++ would have another take it here and there, then
+// lack one, and a sum that passes through memory takes longer than the multiply-adds beside it.
 template <class A, class Sum>
 CUDA_CNN_INLINE void accumulate(Sum& sum, A a, A b) {
   sum = fma(a, b, sum);
@@ -171,7 +171,7 @@ template <class E, int kRows, int kVectors>
 void depth_contiguous(const E* a, int64_t a_step, const E* b, int64_t depth,
                       const TileOutput<Accumulator<E>>& out) {
   Vec<Accumulator<E>> sums[kSets<kVectors>][kRows][kVectors] = {};
-  OutputAhead<E, kRows, kVectors> ahead(out);
+  OutputAhead<E, kRows, kVectors> ahead(out, depth / 4);
   add_depth<E, kRows, kVectors>(sums, a, a_step, b, depth, ahead);
   join_sets<E, kRows, kVectors>(sums);
   store_tile<E, kRows, kVectors>(sums[0], out);
@@ -181,7 +181,7 @@ template <class E, int kRows, int kVectors>
 void runs_contiguous(const E* a, int64_t a_step, int64_t runs, int64_t run, int64_t run_step, const E* b,
                      const TileOutput<Accumulator<E>>& out) {
   Vec<Accumulator<E>> sums[kSets<kVectors>][kRows][kVectors] = {};
-  OutputAhead<E, kRows, kVectors> ahead(out);
+  OutputAhead<E, kRows, kVectors> ahead(out, runs * (run / 4));
   for (; runs > 0; --runs, a += run_step) add_depth<E, kRows, kVectors>(sums, a, a_step, b, run, ahead);
   join_sets<E, kRows, kVectors>(sums);
   store_tile<E, kRows, kVectors>(sums[0], out);
@@ -192,7 +192,7 @@ void row_contiguous(const E* a, int64_t a_step, const E* b, int64_t depth,
                     const TileOutput<Accumulator<E>>& out) {
   constexpr int kSteps = kSets<kVectors>;
   Vec<Accumulator<E>> sums[kSteps][kRows][kVectors] = {};
-  OutputAhead<E, kRows, kVectors> ahead(out);
+  OutputAhead<E, kRows, kVectors> ahead(out, depth / 2);
   const auto step = [&](int set) __attribute__((always_inline)) {
     opaque(a);
     opaque(b);
