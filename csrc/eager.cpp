@@ -5,6 +5,7 @@
 #include "eager.h"
 
 #include "eager_read.h"
+#include "eager_vectors.h"
 
 namespace cuda_cnn::eager {
 namespace {
@@ -85,11 +86,6 @@ bool plain_batch_norm(const Tensor& x, const OptionalTensor& running_mean, const
   const int64_t channels = x.size(1);
   return x.numel() > channels &&
          (!running_mean || (running_mean->numel() == channels && running_var->numel() == channels));
-}
-
-// A running statistic moved towards a batch's.
-void follow(const Tensor& running, const Tensor& value, double momentum, double factor) {
-  running.mul_(1 - momentum).add_(value, momentum * factor);
 }
 
 // Of a batch's variance: what makes it the unbiased one.

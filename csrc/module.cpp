@@ -56,7 +56,8 @@ that results have taken at once. Results in use are not touched. (For a GPU: tor
       pybind11::arg("note"));
   // A submodule's functions take no part in pybind11's argument handling, which costs a microsecond.
   pybind11::module_ eager = m.def_submodule("eager", "Operators called with plain arguments alone.");
-  for (PyMethodDef* methods : {cuda_cnn::eager::operator_methods(), cuda_cnn::eager::fuse_methods()}) {
+  for (PyMethodDef* methods : {cuda_cnn::eager::operator_methods(), cuda_cnn::eager::fuse_methods(),
+                               cuda_cnn::eager::vector_methods()}) {
     if (PyModule_AddFunctions(eager.ptr(), methods) < 0) throw pybind11::error_already_set();
   }
 }

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from cuda_cnn import _C, reference
 from cuda_cnn import functional as F
+from cuda_cnn.ops.conv2d_fused import conv2d_fused_of_maps
 from cuda_cnn.ops.conv2d_norm import conv2d_norm
 
 # Geometries at large are test_conv2d's; here one of each way through the kernels.
@@ -183,6 +184,50 @@ def test_derivatives(device, flags):
         function, inputs = differentiable(case, flags, device, want_stats=case == "small groups")
         assert gradcheck(function, inputs, fast_mode=True)
         assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mapped,stats", [(True, True), (True, False), (False, False)])
+def test_maps_that_are_handed_on(device, mapped, stats, dtype):
+    """Of a dense block: the gradient of what reads them next, some channels of a wider one, joins in bit for bit."""
+    tensors, _, geometry = make("primes", small, dtype, (mapped, mapped, False, False), device)
+    x, weight, bias, scale, shift, _ = tensors
+    later = small(x.shape[0], x.shape[1] + 3, *x.shape[2:], dtype=dtype, seed=9).to(device)
+    later = later.contiguous(memory_format=torch.channels_last)[:, : x.shape[1]]
+    found = []
+    for of_maps in (False, True):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias, scale, shift) if t is not None]
+        arguments = (*leaves, *[None] * (5 - len(leaves)), mapped)
+        if of_maps:
+            y, *vectors, maps = conv2d_fused_of_maps(*arguments, stats, *geometry)
+            assert maps.data_ptr() == x.data_ptr()
+        else:
+            y, *vectors = F.conv2d_fused(*arguments, None, False, stats, *geometry)
+            maps = leaves[0]
+        dy = small(*y.shape, dtype=dtype, seed=10).to(device)
+        outputs, grads = [y, maps * 1], [dy, later]
+        if of_maps:
+            outputs[1] = maps
+        if stats:
+            outputs, grads = [*outputs, vectors[0]], [*grads, torch.zeros_like(vectors[0])]
+        found.append([y.detach(), *torch.autograd.grad(outputs, leaves, grads)])
+    for actual, expected in zip(*found, strict=True):
+        assert_bitwise(actual, expected)
+
+
+def test_derivatives_of_maps_that_are_handed_on(device):
+    shapes = (2, 4, 3, 4), (4, 2, 2, 2), (4,), (4,), (4,)
+    leaves = [reals(*s, dtype=torch.float64, seed=i).to(device) for i, s in enumerate(shapes)]
+    leaves = [t.requires_grad_() for t in leaves]
+
+    def function(*leaves):
+        return conv2d_fused_of_maps(*leaves, True, True, (1, 1), (1, 0), (1, 1), 2)
+
+    assert gradcheck(function, leaves, fast_mode=True) and gradgradcheck(function, leaves, fast_mode=True)
+    maps = function(*leaves)[3]  # alone
+    assert torch.equal(torch.autograd.grad(maps.sum(), leaves[0])[0], torch.ones_like(maps))
+    with torch.no_grad():
+        assert function(*leaves)[3] is leaves[0]
 
 
 def test_statistics_alone_reach_the_parameters():

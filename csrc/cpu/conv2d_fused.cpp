@@ -78,7 +78,11 @@ struct GradientRows {
       total_g += g;
       total_gx = fma(g, x, total_gx);
       if (p.dresidual) store_up_to(static_cast<T*>(p.dresidual) + dense, g, left);
-      if (p.dx) store_up_to(static_cast<T*>(p.dx) + dense, g * scale, left);
+      if (p.dx) {
+        Vec<A> dx = g * scale;
+        if (p.added.data) dx += load_up_to(row_of<T>(p.added, at) + c, left);
+        store_up_to(static_cast<T*>(p.dx) + dense, dx, left);
+      }
     }
     store(sum_g + c, total_g);
     store(sum_gx + c, total_gx);

@@ -69,7 +69,10 @@ __global__ void __launch_bounds__(kThreads)
     sum_g += g;
     sum_gx += g * x;
     if (p.dresidual) static_cast<T*>(p.dresidual)[row * p.channels + c] = narrow_fast<T>(g);
-    if (p.dx) static_cast<T*>(p.dx)[row * p.channels + c] = narrow_fast<T>(g * scale);
+    if (p.dx) {
+      const A added = p.added.data ? widen_fast(*at<T>(p.added, row, c)) : A(0);
+      static_cast<T*>(p.dx)[row * p.channels + c] = narrow_fast<T>(g * scale + added);
+    }
   }
   shared.g[line][column] = sum_g;
   shared.gx[line][column] = sum_gx;

@@ -1,7 +1,7 @@
 // The passes over NHWC maps that stand beside a fused convolution's kernels. Vectors hold a value a channel.
 //
 //   map       z = f(scale[c] * x + shift[c] + residual), f: the identity, max(., 0), or zero where x <= 0
-//   gradient  g = dz, or 0 where z <= 0;  dx = scale[c] * g,  dresidual = g,
+//   gradient  g = dz, or 0 where z <= 0;  dx = scale[c] * g + added,  dresidual = g,
 //             sum_g[c] = sum of g over the pixels,  sum_gx[c] = sum of g * x
 //
 // A map's element is normalised and rectified here by the same arithmetic as on a convolution's load, so the
@@ -36,6 +36,7 @@ struct ChannelMapGradParams {
   int64_t pixels, channels;
   PixelRowsView dz, x;
   PixelRowsView z;            // null: z = scale * x + shift
+  PixelRowsView added;        // null: nothing
   const void *scale, *shift;  // null: 1 and 0
   bool relu;
   void* dx;              // dense, may be dz where that is dense; null: not wanted

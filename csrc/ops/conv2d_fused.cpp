@@ -1,5 +1,6 @@
 #include "kernels/conv2d_fused.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/TensorOperators.h>
 
 #include "ops/allocate.h"
@@ -204,6 +205,29 @@ void conv2d_packed_(at::Tensor& out, const at::Tensor& x, const at::Tensor& weig
 
 #endif
 
+// What the statistics add to y's gradient as scale and shift of y: 2*dvar/M and dmean/M - mean*2*dvar/M.
+std::tuple<at::Tensor, at::Tensor> through_statistics(const OptionalTensor& dmean, const OptionalTensor& dvar,
+                                                      const at::Tensor& mean, int64_t count) {
+  if (!mean.is_cpu()) {
+    const at::Tensor scale = dvar ? *dvar * (2. / count) : at::zeros_like(mean), by_mean = mean * scale;
+    return {scale, dmean ? *dmean / count - by_mean : -by_mean};
+  }
+  // One loop: several of torch's operators take longer than a small layer.
+  const at::Tensor scale = at::empty_like(mean), shift = at::empty_like(mean);
+  const at::Tensor means = mean.contiguous(), dmeans = dense_vector(dmean), dvars = dense_vector(dvar);
+  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), kOp, [&] {
+    const auto* m = means.const_data_ptr<scalar_t>();
+    const auto *dm = static_cast<const scalar_t*>(data_or_null(dmeans)),
+               *dv = static_cast<const scalar_t*>(data_or_null(dvars));
+    auto *to_scale = scale.mutable_data_ptr<scalar_t>(), *to_shift = shift.mutable_data_ptr<scalar_t>();
+    for (int64_t c = 0; c < mean.numel(); ++c) {
+      to_scale[c] = dv ? dv[c] * static_cast<scalar_t>(2. / count) : 0;
+      to_shift[c] = (dm ? dm[c] / count : 0) - m[c] * to_scale[c];
+    }
+  });
+  return {scale, shift};
+}
+
 // The gradient that reaches y before its ReLU: dy, what the statistics add to it, and the mask.
 //   dy + dmean/M + 2*dvar/M * (y - mean)
 at::Tensor effective_gradient(const at::Tensor& dy, const OptionalTensor& dmean, const OptionalTensor& dvar,
@@ -225,10 +249,8 @@ at::Tensor effective_gradient(const at::Tensor& dy, const OptionalTensor& dmean,
     return result;
   }
   TORCH_CHECK(mean, kOp, ": expected mean beside the statistics' gradients, got none");
-  const double count = static_cast<double>(pixels_of(dy));
-  const at::Tensor scale = dvar ? *dvar * (2 / count) : at::zeros_like(*mean);
-  const at::Tensor shift = dmean ? *dmean / count - *mean * scale : -*mean * scale;
-  for (const at::Tensor& values : {scale, shift}) check_vector(kOp, "mean", values, dy, dy.size(1));
+  check_vector(kOp, "mean", mean, dy, dy.size(1));
+  const auto [scale, shift] = through_statistics(dmean, dvar, *mean, pixels_of(dy));
   const MapEnd end = out_relu ? MapEnd::kWhereXIsPositive : MapEnd::kNone;
   const ChannelMapParams p{
       dtype,       pixels_of(dy), dy.size(1), view_of(output, y_pixel), view_of(grad, dy_pixel),
@@ -246,15 +268,17 @@ at::Tensor map_grad_workspace([[maybe_unused]] ChannelMapGradParams& p, const at
   return workspace;
 }
 
-// In place: the gradient of what the convolution read becomes that of x; returns (sum of g*x, sum of g).
+// In place: the gradient of what the convolution read becomes that of x, plus `added`; returns (sum of g*x,
+// sum of g).
 std::tuple<at::Tensor, at::Tensor> through_prologue(at::Tensor& dx, const at::Tensor& x,
                                                     const at::Tensor& scale, const at::Tensor& shift,
-                                                    bool in_relu) {
+                                                    bool in_relu, const OptionalTensor& added) {
   at::Tensor sum_g = at::empty({x.size(1)}, vector_options(x)), sum_gx = at::empty_like(sum_g);
-  int64_t x_pixel = 0;
-  const at::Tensor input = to_nhwc(x, &x_pixel);
+  int64_t x_pixel = 0, added_pixel = 0;
+  const at::Tensor input = to_nhwc(x, &x_pixel), others = rows_of(added, &added_pixel);
   ChannelMapGradParams p{dtype_of(x), pixels_of(x), x.size(1), view_of(dx, x.size(1)),
                          view_of(input, x_pixel)};
+  p.added = view_of(others, added_pixel);
   p.scale = data_or_null(scale);
   p.shift = data_or_null(shift);
   p.relu = in_relu;
@@ -266,14 +290,15 @@ std::tuple<at::Tensor, at::Tensor> through_prologue(at::Tensor& dx, const at::Te
   return {sum_gx, sum_g};
 }
 
-// wants: x, weight, bias, in_scale and in_shift, residual. What is not wanted has no elements.
+// wants: x, weight, bias, in_scale and in_shift, residual. What is not wanted has no elements. added: another
+// gradient of x, which dx is to hold, too.
 using SixTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 SixTensors conv2d_fused_backward(const at::Tensor& dy, const OptionalTensor& dmean,
                                  const OptionalTensor& dvar, const at::Tensor& x, const at::Tensor& weight,
                                  const OptionalTensor& in_scale, const OptionalTensor& in_shift, bool in_relu,
                                  const OptionalTensor& y, const OptionalTensor& mean, bool out_relu,
                                  at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                                 int64_t groups, std::array<bool, 5> wants) {
+                                 int64_t groups, std::array<bool, 5> wants, const OptionalTensor& added) {
   const Geometry geometry{stride, padding, dilation, groups, kOp};
   check_like(kOp, "weight", weight, dy);
   check_dim(kOp, "weight", weight, 4);
@@ -281,6 +306,10 @@ SixTensors conv2d_fused_backward(const at::Tensor& dy, const OptionalTensor& dme
   check_prologue(in_scale, in_shift, x);
   check_vector(kOp, "grad_mean", dmean, dy, dy.size(1));
   check_vector(kOp, "grad_var", dvar, dy, dy.size(1));
+  if (added) {
+    check_like(kOp, "added", *added, x);
+    check_same_shape(kOp, "added", *added, x);
+  }
 
   const at::TensorOptions options = dy.options().memory_format(at::MemoryFormat::Contiguous);
   const at::Tensor none = at::empty({0}, options);
@@ -297,7 +326,11 @@ SixTensors conv2d_fused_backward(const at::Tensor& dy, const OptionalTensor& dme
   if (wants[2]) dbias = bias_gradient(g, kOp);
   if (wants[0] || wants[3]) {
     dx = input_gradient(g, weight, x.sizes(), geometry, true);
-    if (scale.defined() || in_relu) std::tie(dscale, dshift) = through_prologue(dx, x, scale, shift, in_relu);
+    if (scale.defined() || in_relu) {
+      std::tie(dscale, dshift) = through_prologue(dx, x, scale, shift, in_relu, added);
+    } else if (added) {
+      dx.add_(*added);
+    }
   }
   // A result may not be an argument: where y's gradient passes unchanged, the caller has it in hand.
   return {dx,     dweight, dbias,
@@ -411,7 +444,7 @@ TORCH_LIBRARY_FRAGMENT(CUDA_CNN_LIBRARY, library) {
          "conv2d_fused_backward(Tensor dy, Tensor? dmean, Tensor? dvar, Tensor x, Tensor weight, "
          "Tensor? in_scale, Tensor? in_shift, bool in_relu, Tensor? y, Tensor? mean, bool "
          "out_relu, " CUDA_CNN_GEOMETRY
-         ", bool[5] wants) -> "
+         ", bool[5] wants, Tensor? added=None) -> "
          "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift, Tensor dresidual)",
          &conv2d_fused_backward);
   define(library, "channel_map(Tensor x, Tensor scale, Tensor shift, Tensor? residual, bool relu) -> Tensor",

@@ -12,7 +12,7 @@ from cuda_cnn._C import eager
 from cuda_cnn.models.densenet import _Append
 from cuda_cnn.nn import BatchNorm2d
 from cuda_cnn.ops import _library
-from cuda_cnn.ops.conv2d_fused import accumulator
+from cuda_cnn.ops.conv2d_fused import accumulator, conv2d_fused_of_maps
 from cuda_cnn.ops.conv2d_norm import conv2d_norm
 
 Vectors = tuple[Tensor, Tensor]
@@ -23,8 +23,9 @@ _LINEAR_ROWS = 16
 # conv2d_norm's extra products are C/K + C/pixels of the backward pass: an eighth is the second term's share.
 _PIXELS_A_CHANNEL = 8
 
-# id of a module -> (what the values were made from, the values, the memory they were made from, the module): inference
-# computes them once. Memory that is held is nobody else's, so its address stands for it. Read by csrc/eager_fuse.cpp.
+# id of a module -> (what the values were made from, the values, the memory they were made from, the module):
+# inference computes them once. Memory that is held is nobody else's, so its address stands for it. Read by
+# csrc/eager_fuse.cpp.
 _kept: dict[int, tuple[bytes, Any, list[Tensor], weakref.ref[nn.Module]]] = {}
 
 
@@ -87,12 +88,15 @@ def follow(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> None:
     if not norm.training or not norm.track_running_stats or norm.running_mean is None:
         return
     with torch.no_grad():
+        momentum, unbiased = norm.momentum, count / (count - 1)
+        statistics = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        if eager.follow_batch(*statistics, mean, var, momentum, unbiased) is True:
+            return
         norm.num_batches_tracked.add_(1)
-        momentum = norm.momentum
         if momentum is None:  # the mean of all batches so far
             momentum = 1.0 / float(norm.num_batches_tracked)
         norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        norm.running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / (count - 1))
+        norm.running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
 
 
 def normalise(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> Vectors:
@@ -102,6 +106,9 @@ def normalise(norm: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> Vec
 
 
 def _vectors(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> Vectors:
+    vectors = eager.vectors(mean, var, norm.weight, norm.bias, norm.eps)
+    if vectors is not NotImplemented:
+        return vectors
     scale = (var + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.to(scale.dtype)
@@ -234,6 +241,20 @@ def conv_with_statistics(
     """(y, mean, var) of conv(relu(scale·x + shift))."""
     return F.conv2d_fused(
         *(_nhwc(x), module.weight, module.bias, scale, shift, in_relu, None, False, True), *geometry(module)
+    )
+
+
+def conv_of_maps(
+    maps: Tensor,
+    module: nn.Conv2d,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    in_relu: bool,
+    want_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, var) of conv(relu(scale·maps + shift)), and a dense block's maps for their next reader."""
+    return conv2d_fused_of_maps(
+        *(maps, module.weight, module.bias, scale, shift, in_relu, want_stats), *geometry(module)
     )
 
 

@@ -247,11 +247,15 @@ class Rewriter:
 
     def with_statistics(self, node: fx.Node, value: Value) -> fx.Node:
         x, *prologue = self.load(value)
-        result = self.call(layers.conv_with_statistics, x, self.attribute(node), *prologue)
-        y, *statistics = (self.call(operator.getitem, result, i) for i in range(3))
+        y, *statistics = self.of_maps(x, node, prologue, True) or self.parts(
+            self.call(layers.conv_with_statistics, x, self.attribute(node), *prologue), 3
+        )
         self.statistics[y] = tuple(statistics)
         self.fused(node, self.on_load(prologue) + "statistics in its epilogue")
         return y
+
+    def parts(self, result: fx.Node, count: int) -> list[fx.Node]:
+        return [self.call(operator.getitem, result, i) for i in range(count)]
 
     @staticmethod
     def on_load(prologue: list) -> str:
@@ -283,15 +287,14 @@ class Rewriter:
             vectors = self.call(layers.normalise, self.attribute(node), x, *self.statistics_of(x))
         else:
             vectors = self.call(layers.frozen, self.attribute(node), x)
-        scale, shift = (self.call(operator.getitem, vectors, i) for i in (0, 1))
+        scale, shift = self.parts(vectors, 2)
         on_load = self.read_by_convolutions(node)
         self.fused(node, "on the load of the next convolution" if on_load else "one pass with what follows")
         return Pending(x, scale, shift, relu=relu, on_load=on_load)
 
     def statistics_of(self, x: fx.Node) -> tuple[fx.Node, fx.Node]:
         if x not in self.statistics:
-            found = self.call(layers.statistics, x)
-            self.statistics[x] = tuple(self.call(operator.getitem, found, i) for i in (0, 1))
+            self.statistics[x] = tuple(self.parts(self.call(layers.statistics, x), 2))
         return self.statistics[x]
 
     def absorbs(self, node: Any) -> bool:
@@ -355,6 +358,12 @@ class Rewriter:
         forms += "batch norm, " * batch + "norm folded in, " * (conv.norm is not None and not batch)
         forms += "sum, " * (residual is not None) + "ReLU, " * value.relu
         self.fused(conv.node, forms.removesuffix(", ") or "nothing beside it")
+        if (
+            conv.norm is None
+            and tail == (None, False)
+            and (parts := self.of_maps(x, conv.node, prologue, False))
+        ):
+            return parts[0]
         norm = None if conv.norm is None else self.attribute(conv.norm)
         function = layers.conv_norm if batch else layers.conv
         return self.call(function, x, self.attribute(conv.node), norm, *prologue, *tail)
@@ -386,6 +395,16 @@ class Rewriter:
         if batch:
             self.statistics[block.maps] = block.statistics
         return block.maps
+
+    def of_maps(self, x: fx.Node, node: fx.Node, prologue: list, want_stats: bool) -> list[fx.Node] | None:
+        """(y, mean, var) of a convolution that reads the maps of a block in training, and hands them on to the
+        block's next append; None for any other."""
+        block = next((b for b in self.blocks.values() if b.maps is x and b.statistics is not None), None)
+        if block is None:
+            return None
+        result = self.call(layers.conv_of_maps, x, self.attribute(node), *prologue, want_stats)
+        *found, block.maps = self.parts(result, 4)
+        return found
 
     def may_be_placed(self, node: fx.Node, value: Value, block: Block) -> bool:
         """Whether a convolution, perhaps with norm and ReLU, is read by the block alone."""

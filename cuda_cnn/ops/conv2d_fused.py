@@ -87,14 +87,17 @@ class Conv2dFusedFunction(torch.autograd.Function):
         ctx.has_residual = residual is not None
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None) -> tuple:
+    def backward(
+        ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, added: Tensor | None = None
+    ) -> tuple:
         x, weight, _, in_scale, in_shift, y, mean = ctx.saved_tensors
         in_relu, out_relu = ctx.flags
         need = ctx.needs_input_grad
         if dy is None and dmean is None and dvar is None:
-            return (None,) * 13
+            return added, *(None,) * 12
         if _differentiated_twice():
-            return _conv2d_fused_again(ctx, dy, dmean, dvar)
+            dx, *others = _conv2d_fused_again(ctx, dy, dmean, dvar)
+            return dx if added is None or dx is None else dx + added, *others
         if dy is None:
             dy = torch.zeros_like(y)
         wants = [need[0], need[1], need[2], need[3] or need[4], need[6]]
@@ -102,6 +105,7 @@ class Conv2dFusedFunction(torch.autograd.Function):
             *(dy, dmean, dvar, x, weight, in_scale, in_shift, in_relu, y, mean, out_relu),
             *ctx.geometry,
             wants,
+            added,
         )
         dx, dweight, dbias, dscale, dshift, dresidual = found
         unchanged = dmean is None and dvar is None and not out_relu
@@ -115,6 +119,18 @@ class Conv2dFusedFunction(torch.autograd.Function):
             (dy if unchanged else dresidual) if need[6] else None,
             *(None,) * 6,
         )
+
+
+class Conv2dFusedOfMapsFunction(Conv2dFusedFunction):
+    """(y, mean, var, x): who reads x next reads it from here, and its gradient of x is added in this one's pass."""
+
+    @staticmethod
+    def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *Conv2dFusedFunction.forward(x, *arguments), x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        Conv2dFusedFunction.setup_context(ctx, inputs, output[:3])
 
 
 def _conv2d_fused_again(ctx: Any, g: Tensor | None, dmean: Tensor | None, dvar: Tensor | None) -> tuple:
@@ -199,6 +215,33 @@ def conv2d_fused(
     if not _library.needs_function(*tensors, residual):
         return _library.below_autograd(_library.ops.conv2d_fused, *arguments)
     return _library.apply(Conv2dFusedFunction, *arguments)
+
+
+def conv2d_fused_of_maps(
+    maps: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    in_relu: bool,
+    want_stats: bool,
+    *geometry: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """conv2d_fused's (y, mean, var), and maps for whoever reads them next: the gradient of these is added in the pass
+    that gives this convolution's, so that autograd has nothing to sum. For a dense block, whose maps have many
+    readers.
+    """
+    tensors = (maps, weight, bias, in_scale, in_shift)
+    arguments = (*tensors, in_relu, None, False, want_stats, *geometry)
+    if not _library.needs_function(*tensors) or _library.autocast_dtype(maps) is not None:
+        return *conv2d_fused(*arguments), maps
+    stride, padding, dilation, groups = geometry
+    pairs = (
+        _conv2d._pair("stride", stride),
+        _conv2d._pair("padding", padding),
+        _conv2d._pair("dilation", dilation),
+    )
+    return _library.apply(Conv2dFusedOfMapsFunction, *arguments[:9], *pairs, groups)
 
 
 # ---- Passes over maps --------------------------------------------------------------------------------------
@@ -325,6 +368,7 @@ def _(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
 def _(
     dy: Tensor, dmean: Any, dvar: Any, x: Tensor, weight: Tensor, in_scale: Any, in_shift: Any, in_relu: bool,
     y: Any, mean: Any, out_relu: bool, stride: Any, padding: Any, dilation: Any, groups: Any, wants: list[bool],
+    added: Any = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     none = x.new_empty(0)
     through_map = (wants[0] or wants[3]) and (in_scale is not None or in_relu)
@@ -368,7 +412,7 @@ def _(out: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
 
 @register_flop_formula(_library.ops.conv2d_fused_backward)
 def _(dy: Any, dmean: Any, dvar: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    wants = args[-1]
+    wants = args[10]
     return ((wants[0] or wants[3]) + wants[1]) * _conv2d._flops(dy, weight)
 
 
