@@ -98,6 +98,7 @@ void pack_x(const WeightGradTask<T>& t, int64_t pixel, int64_t count, E* packed,
     const int64_t d_count = t.d_end - t.d_begin;
     const bool plain = t.gather.template is_matrix<BFloat16>();
     T* rows = plain ? nullptr : workspace<T>(Workspace::kD, kRowsAtOnce * step);
+    const int64_t paired = plain ? d_count : ceil_div(d_count, kLanes<E>) * kLanes<E>;  // rows have room
     for (int64_t i = 0; i < count; i += 2, packed += step) {
       const int64_t at = i % kRowsAtOnce;
       const T* even = rows + at * step;
@@ -106,7 +107,7 @@ void pack_x(const WeightGradTask<T>& t, int64_t pixel, int64_t count, E* packed,
       } else if (at == 0) {
         pack_positions(t.gather, pixel + i, min64(count - i, kRowsAtOnce), t.d_begin, t.d_end, rows, step);
       }
-      pack_pairs(even, i + 1 < count ? even + (plain ? t.gather.pixel : step) : nullptr, d_count, packed);
+      pack_pairs(even, i + 1 < count ? even + (plain ? t.gather.pixel : step) : nullptr, paired, packed);
     }
 #endif
   }
