@@ -162,6 +162,9 @@ const char* conv2d_algorithm_name(Conv2dAlgorithm algorithm);
 // Whether conv2d_pack packs the weight, of C, R, S and groups, in pairs of bfloat16 (AVX512-BF16): a panel is
 // [R*S*C/groups / 2, rounded up][columns][2].
 bool conv2d_packs_pairs(const Conv2dParams& params);
+// Whether a forward call with a weight of [K][C/groups][R][S] is to pack it (conv2d_pack, with nchw) in place
+// of making NHWC of it, from which its kernel would pack the same.
+bool conv2d_packs_planes(const Conv2dParams& params);
 // Depends on the instruction set.
 int64_t conv2d_panel_columns(DType dtype);
 }  // namespace cuda_cnn::cpu

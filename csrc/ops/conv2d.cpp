@@ -51,6 +51,14 @@ bool stays_nchw(Conv2dDirection direction, Conv2dParams& p, bool channels_last,
   return p.nchw;
 }
 
+bool packs_planes([[maybe_unused]] const at::Tensor& weight, [[maybe_unused]] const Conv2dParams& p) {
+#if !defined(CUDA_CNN_EMULATED)
+  return weight.is_cpu() && weight.is_contiguous() && !p.nchw && cpu::conv2d_packs_planes(p);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 void check_geometry(const Geometry& g) {
@@ -239,9 +247,12 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::opti
   const bool nchw = stays_nchw(Conv2dDirection::kForward, p, channels_last, {x, weight});
   at::Tensor y = nchw ? empty_result(shape, contiguous(x)) : empty_nhwc(shape, x.options(), channels_last);
   if (y.numel() == 0) return in_format(y, channels_last);
-  const at::Tensor input = nchw ? x : to_nhwc(x, &p.x_pixel), filter = nchw ? weight : dense_nhwc(weight);
+  const at::Tensor packed = packs_planes(weight, p) ? packed_weight(weight, groups) : at::Tensor();
+  const at::Tensor input = nchw ? x : to_nhwc(x, &p.x_pixel),
+                   filter = nchw || packed.defined() ? weight : dense_nhwc(weight);
   const at::Tensor shift = bias ? bias->contiguous() : at::Tensor();
   p.x = data(input);
+  p.packed = packed.defined() ? data(packed) : nullptr;
   p.weight = data(filter);
   p.bias = bias ? data(shift) : nullptr;
   p.y = mutable_data(y);

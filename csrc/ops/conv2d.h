@@ -32,6 +32,9 @@ Conv2dParams make_params(const at::Tensor& any, at::IntArrayRef x, at::IntArrayR
 // CUDA: the kernels' scratch memory; to be kept until the launch.
 at::Tensor attach_workspace(Conv2dDirection direction, Conv2dParams& params, const at::Tensor& any);
 
+// CPU: the weight in the order in which the kernels read it, as conv2d_pack lays it out.
+at::Tensor packed_weight(const at::Tensor& weight, int64_t groups);
+
 at::Tensor dense_nhwc(const at::Tensor& tensor);
 
 // The tensor as the kernels want it: channels contiguous. A slice of channels stays where it is.

@@ -148,14 +148,7 @@ at::Tensor conv2d_pack(const at::Tensor& weight, int64_t groups) {
   TORCH_CHECK(weight.size(0) % groups == 0, kPack, ": expected weight of a multiple of ", groups,
               " output channels, got ", weight.size(0));
   TORCH_CHECK(weight.is_cpu(), kPack, ": expected weight on the CPU, got it on ", weight.device());
-  Conv2dParams p = packing(weight, groups);
-  at::Tensor packed = empty_result(packed_shape(p), vector_options(weight).dtype(packed_type(weight, p)));
-  if (packed.numel() == 0) return packed;
-  const at::Tensor filter = dense_nhwc(weight);
-  p.weight = data(filter);
-  p.y = mutable_data(packed);
-  cpu::conv2d_pack(p);
-  return packed;
+  return packed_weight(weight, groups);
 }
 
 // The packed weight, checked; none where another instruction set has packed it, with other columns or another
@@ -430,6 +423,20 @@ std::tuple<at::Tensor, at::Tensor> channel_statistics(const at::Tensor& x) {
 }
 
 }  // namespace
+
+#if !defined(CUDA_CNN_EMULATED)
+at::Tensor packed_weight(const at::Tensor& weight, int64_t groups) {
+  Conv2dParams p = packing(weight, groups);
+  at::Tensor packed = empty_result(packed_shape(p), vector_options(weight).dtype(packed_type(weight, p)));
+  if (packed.numel() == 0) return packed;
+  p.nchw = weight.is_contiguous() && !cpu::conv2d_packs_pairs(p);
+  const at::Tensor filter = p.nchw ? weight : dense_nhwc(weight);
+  p.weight = data(filter);
+  p.y = mutable_data(packed);
+  cpu::conv2d_pack(p);
+  return packed;
+}
+#endif
 
 #define CUDA_CNN_GEOMETRY "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 

@@ -149,6 +149,12 @@ bool conv2d_packs_pairs(const Conv2dParams& p) {
   return in_pairs(p) && (channels % 2 == 0 || p.R * p.S * channels <= kUncutDepth);
 }
 
+bool conv2d_packs_planes(const Conv2dParams& p) {
+  if (p.R * p.S == 1 || conv2d_packs_pairs(p) || conv2d_flattened(p).R != p.R) return false;
+  const Conv2dAlgorithm algorithm = conv2d_choose(Conv2dDirection::kForward, p);
+  return algorithm == Conv2dAlgorithm::kGemm || (algorithm == Conv2dAlgorithm::kWinograd && !strided(p));
+}
+
 int64_t conv2d_panel_columns(DType dtype) { return 2 * vector_lanes(dtype); }
 
 Conv2dParams conv2d_flattened(const Conv2dParams& params) {

@@ -12,6 +12,10 @@ void pack_filters(const Filters<T, E>& f, int64_t group, int64_t column, int64_t
                   E* panel) {
   const int64_t filter = f.R * f.S * f.channels;
   const T* weight = f.weight + group * f.outputs * filter;
+  if (f.planes) {
+    pack_panel_of_planes(weight + column * filter, filter, f.outputs - column, f.channels, f.R * f.S, panel);
+    return;
+  }
   if (!f.transposed) {
     pack_panel_transposed(weight + column * filter + begin, filter, f.outputs - column, end - begin, panel);
     return;

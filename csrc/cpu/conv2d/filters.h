@@ -17,6 +17,7 @@ struct Filters {
   bool transposed;            // for the input gradient, with the taps of
   Conv2dPhase h, w;
   const E* packed = nullptr;  // all panels, where a caller has kept them
+  bool planes = false;        // weight is [K][channels][R][S], and packed in whole
 
   int64_t columns() const { return transposed ? channels : outputs; }
   int64_t depth() const { return transposed ? h.taps * w.taps * outputs : R * S * channels; }

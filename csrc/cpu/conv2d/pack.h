@@ -75,6 +75,11 @@ void pack_positions(const Gather<T>& gather, int64_t position, int64_t count, in
 template <class T, class E>
 void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth, E* panel);
 
+// The same of rows that are [channel][tap], with depth (tap, channel).
+template <class T, class E>
+void pack_panel_of_planes(const T* rows, int64_t pitch, int64_t columns, int64_t channels, int64_t taps,
+                          E* panel);
+
 // A panel of a matrix [depth][columns] with rows `pitch` apart.
 template <class T, class E>
 void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, E* panel);

@@ -102,7 +102,9 @@ void conv2d_pack(const Conv2dParams& p) {
     using T = decltype(type);
     with_operand<T>(conv2d_packs_pairs(p), [&](auto operand) {
       using E = decltype(operand);
-      pack_all_filters(make_filters<T, E>(p), p.groups, static_cast<E*>(p.y));
+      auto filters = make_filters<T, E>(p);
+      filters.planes = p.nchw;
+      pack_all_filters(filters, p.groups, static_cast<E*>(p.y));
     });
   });
 }
