@@ -176,11 +176,10 @@ void gather_array(const MaxPool2dParams& params) {
 }
 
 // The cells that begin in a row of windows at dy and taps, with a stride of 2: the input rows `dx` (null:
-// outside the plane). Vectors lie along the windows: one holds a row's even cells and one the odd. kNarrow: a
-// vector holds two rows of windows, half of it each.
-template <class T, int kSize, int kPad, bool kNarrow>
+// outside the plane). Vectors lie along the windows: one holds a row's even cells and one the odd.
+template <class T, int kSize, int kPad>
 void gather_windows(const Accumulator<T>* dy, const uint8_t* taps, int64_t pitch, int64_t width,
-                    T* const (&dx)[2][2]) {
+                    T* const (&dx)[2]) {
   using V = Vec<Accumulator<T>>;
   constexpr int64_t kStep = kLanes<T>;
   for (int64_t j = 0; j < width; j += 2 * kStep, dy += kStep, taps += kStep) {
@@ -208,21 +207,124 @@ void gather_windows(const Accumulator<T>* dy, const uint8_t* taps, int64_t pitch
     };
     for (int row = 0; row < 2; ++row) {
       const V *even = &total[row][0], *odd = &total[row][1];
-      if (dx[0][row]) put(dx[0][row], j, interleave<0>(*even, *odd));
-      T* second = dx[kNarrow][row];
-      if (second) put(second, kNarrow ? 0 : j + kStep, interleave<1>(*even, *odd));
+      if (!dx[row]) continue;
+      put(dx[row], j, interleave<0>(*even, *odd));
+      put(dx[row], j + kStep, interleave<1>(*even, *odd));
     }
   }
 }
 
+// Lane i: v's lane (kFirst + i) / 2; any one where there is none.
+template <int kFirst, class V>
+CUDA_CNN_INLINE V halve_lanes(V v) {
+  constexpr int kCount = sizeof(V) / sizeof(v[0]);
+#if defined(__clang__)
+  V halved;
+  for (int i = 0; i < kCount; ++i) halved[i] = v[(kFirst + kCount + i) / 2 % kCount];
+  return halved;
+#else
+  decltype(v > v) lanes;
+  for (int i = 0; i < kCount; ++i) lanes[i] = (kFirst + i) / 2;
+  return __builtin_shuffle(v, lanes);
+#endif
+}
+
+// A vector of an input row's cells, and of each the windows with a stride of 2 that hold its column: `near`
+// as their column 0 or 1, `far`, the one before, as their column 2.
+template <class T>
+struct Columns {
+  TapLanes<T> near, far;  // less than any tap of any row: no such window
+
+  Columns() = default;
+  Columns(const PoolAxis& w, int64_t first) {
+    constexpr int64_t kNone = -2 * kMaxByteTaps;
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      const int64_t window = (first + w.pad + i) / 2, column = (first + w.pad + i) % 2;
+      near[i] = static_cast<TapLane<T>>(window < w.out ? column : kNone);
+      far[i] = static_cast<TapLane<T>>(column == 0 && window > 0 && window <= w.out ? 2 : kNone);
+    }
+  }
+};
+
+// Those windows' dy and taps, of one row of windows.
+template <class T>
+struct Holding {
+  Vec<Accumulator<T>> near = {}, far = {};
+  TapLanes<T> near_tap = TapLanes<T>{} - 1, far_tap = TapLanes<T>{} - 1;
+
+  Holding() = default;
+  template <int kFirst>
+  CUDA_CNN_INLINE void spread(Vec<Accumulator<T>> dy, TapLanes<T> taps) {
+    near = halve_lanes<kFirst>(dy);
+    near_tap = halve_lanes<kFirst>(taps);
+    far = halve_lanes<kFirst - 2>(dy);
+    far_tap = halve_lanes<kFirst - 2>(taps);
+  }
+  // What the windows' row r gets.
+  template <int kSize>
+  CUDA_CNN_INLINE void add_row(int r, const Columns<T>& columns, Vec<Accumulator<T>>& total) const {
+    const TapLanes<T> corner = TapLanes<T>{} + static_cast<TapLane<T>>(r * kSize);
+    if constexpr (kSize > 2) total += far_tap == columns.far + corner ? far : Vec<Accumulator<T>>{};
+    total += near_tap == columns.near + corner ? near : Vec<Accumulator<T>>{};
+  }
+};
+
+// Windows of kSize x kSize with a stride of 2 over rows of at most kVectors vectors of cells: a row's windows
+// are one vector, read once, and stay in registers for the three rows of cells that they hold.
+template <class T, int kSize, int kPad, int kVectors>
+void gather_short_rows(const MaxPool2dParams& params) {
+  using V = Vec<Accumulator<T>>;
+  constexpr int64_t kStep = kLanes<T>;
+  const int64_t planes = params.batch * params.channels, size = params.h.in * params.w.in;
+  parallel_for(planes, grain_of(size), [&](int64_t begin, int64_t end) {
+    const PoolAxis h = params.h, w = params.w;  // copies: no store to dx changes them
+    const T* dy = static_cast<const T*>(params.input);
+    const uint8_t* taps = static_cast<const uint8_t*>(params.taps);
+    T* dx = static_cast<T*>(params.output) + begin * size;
+    const T* dx_end = dx + (end - begin) * size;
+    const int64_t all = planes * h.out * w.out;
+    Columns<T> columns[kVectors];
+    for (int b = 0; b < kVectors; ++b) columns[b] = Columns<T>(w, b * kStep);
+    for (int64_t plane = begin; plane < end; ++plane) {
+      Holding<T> above[kVectors];
+      for (int64_t p = 0, top = -h.pad; top < h.in; ++p, top += 2) {
+        Holding<T> here[kVectors];
+        if (p < h.out) {
+          const int64_t at = (plane * h.out + p) * w.out, left = all - at;
+          const V g = left >= kStep ? load(dy + at) : load_first(dy + at, left);
+          const TapLanes<T> tap =
+              left >= kStep ? load_taps<T>(taps + at) : load_first_taps<T>(taps + at, left);
+          here[0].template spread<kPad>(g, tap);
+          if constexpr (kVectors > 1) here[1].template spread<kStep + kPad>(g, tap);
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r) {
+          if (top + r < 0 || top + r >= h.in) continue;
+#pragma GCC unroll 2
+          for (int b = 0; b < kVectors; ++b) {
+            V total = {};
+            if (r == 0 && kSize > 2) above[b].template add_row<kSize>(2, columns[b], total);
+            here[b].template add_row<kSize>(r, columns[b], total);
+            // A vector's overhang is overwritten by the rows that follow.
+            T* cells = dx + b * kStep;
+            dx_end - cells >= kStep ? store(cells, total) : store_first(cells, total, dx_end - cells);
+          }
+          dx += w.in;
+        }
+#pragma GCC unroll 2
+        for (int b = 0; b < kVectors; ++b) above[b] = here[b];
+      }
+    }
+  });
+}
+
 // Windows of kSize x kSize with a stride of 2: the planes' rows of windows, one behind them for a last input
 // row and one before that holds nothing, band by band. A band is short enough for reading to overlap writing.
-template <class T, int kSize, int kPad, bool kNarrow>
-void gather_rows(const MaxPool2dParams& params) {
+template <class T, int kSize, int kPad>
+void gather_long_rows(const MaxPool2dParams& params) {
   const PoolAxis &h = params.h, &w = params.w;
   constexpr int64_t kStep = kLanes<T>, kBand = 1024;
-  const int64_t pitch =
-      kNarrow ? kStep / 2 : ceil_div(max64(w.out, (w.in + 1) / 2) + 2, kStep) * kStep + kStep;
+  const int64_t pitch = ceil_div(max64(w.out, (w.in + 1) / 2) + 2, kStep) * kStep + kStep;
   const int64_t rows = 1 + (h.in + h.pad + 1) / 2, band = ceil_div(kBand, 2 * pitch) * 2;
   const int64_t planes = params.batch * params.channels, all = planes * h.out * w.out;
   parallel_for(planes, grain_of(h.in * w.in), [&](int64_t begin, int64_t end) {
@@ -240,13 +342,12 @@ void gather_rows(const MaxPool2dParams& params) {
       }
       const auto cells = [&](int64_t row, int k) -> T* {
         const int64_t p = row % rows - 1, i = window_start(h, p) + k;
-        if (row >= last || p < 0 || i < 0 || i >= h.in) return nullptr;
+        if (p < 0 || i < 0 || i >= h.in) return nullptr;
         return static_cast<T*>(params.output) + (row / rows * h.in + i) * w.in;
       };
-      for (int64_t row = first; row < last; row += 1 + kNarrow) {
-        T* const dx[2][2] = {{cells(row, 0), cells(row, 1)}, {cells(row + 1, 0), cells(row + 1, 1)}};
-        gather_windows<T, kSize, kPad, kNarrow>(windows.dy + place(row), windows.taps + place(row), pitch,
-                                                w.in, dx);
+      for (int64_t row = first; row < last; ++row) {
+        T* const dx[2] = {cells(row, 0), cells(row, 1)};
+        gather_windows<T, kSize, kPad>(windows.dy + place(row), windows.taps + place(row), pitch, w.in, dx);
       }
     }
   });
@@ -254,8 +355,9 @@ void gather_rows(const MaxPool2dParams& params) {
 
 template <class T, int kSize, int kPad>
 void gather_rows(const MaxPool2dParams& params) {
-  const bool narrow = 2 * params.w.out < kLanes<T> && params.w.in <= kLanes<T>;
-  narrow ? gather_rows<T, kSize, kPad, true>(params) : gather_rows<T, kSize, kPad, false>(params);
+  if (params.w.in <= kLanes<T>) return gather_short_rows<T, kSize, kPad, 1>(params);
+  if (params.w.in + kPad <= 2 * kLanes<T>) return gather_short_rows<T, kSize, kPad, 2>(params);
+  gather_long_rows<T, kSize, kPad>(params);
 }
 
 template <class T>
@@ -417,8 +519,9 @@ void max_pool2d_backward(const MaxPool2dParams& params) {
       const bool few = h.kernel * w.kernel <= 2 * kLanes<T>;
       const bool same = h.stride == 1 && w.stride == 1 && h.in == h.out && w.in == w.out;
       if (few && same) return gather_array<T>(params);
-      // With short vectors a scattered window takes the time of some four gathered cells.
-      const bool windows = kLanes<T> <= 8 && 17 * h.out * w.out < 4 * h.in * w.in;
+      // With short vectors a scattered window takes the time of some four cells gathered in long rows.
+      const bool long_rows = w.in > 2 * kLanes<T>;
+      const bool windows = long_rows && kLanes<T> <= 8 && 17 * h.out * w.out < 4 * h.in * w.in;
       if (few && !windows && gather_strided<T>(params)) return;
     }
     return scatter<T, Tap>(params);
