@@ -118,6 +118,22 @@ CUDA_CNN_INLINE Words zip(Vec<float> even, Vec<float> odd) {
   return reinterpret_cast<Words>(__builtin_shuffle(halves, turns));
 #endif
 }
+// The same of two rows of twice as many, to `pairs` and the vector behind.
+CUDA_CNN_INLINE void zip_rows(const BFloat16* even, const BFloat16* odd, Bf16Pair* pairs) {
+#if defined(CUDA_CNN_EMULATE_AVX512) || defined(__clang__)
+  constexpr int kHalf = kVectorBytes / 4;
+  store(pairs, zip(load_half_words(even), load_half_words(odd)));
+  store(pairs + kHalf, zip(load_half_words(even + kHalf), load_half_words(odd + kHalf)));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes)));
+  const Halves a = reinterpret_cast<Halves>(load(reinterpret_cast<const Bf16Pair*>(even)));
+  const Halves b = reinterpret_cast<Halves>(load(reinterpret_cast<const Bf16Pair*>(odd)));
+  Halves first, last;
+  for (int i = 0; i < 32; ++i) first[i] = i / 2 + i % 2 * 32, last[i] = first[i] + 16;
+  store(pairs, reinterpret_cast<Words>(__builtin_shuffle(a, b, first)));
+  store(pairs + 16, reinterpret_cast<Words>(__builtin_shuffle(a, b, last)));
+#endif
+}
 #endif
 
 // body(E{}): the operands that products of T have, pairs if that is possible and `pairs`.

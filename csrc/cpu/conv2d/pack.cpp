@@ -261,6 +261,7 @@ void pack_panel_transposed(const BFloat16* rows, int64_t pitch, int64_t columns,
 void pack_pairs(const BFloat16* even, const BFloat16* odd, int64_t count, Bf16Pair* out) {
   constexpr int kWidth = kLanes<Bf16Pair>;
   int64_t c = 0;
+  for (; odd && c + 2 * kWidth <= count; c += 2 * kWidth) zip_rows(even + c, odd + c, out + c);
   for (; c + kWidth <= count; c += kWidth) {
     store(out + c, zip(load_half_words(even + c), odd ? load_half_words(odd + c) : HalfWords{}));
   }
