@@ -171,8 +171,13 @@ void multiply_panel(const WinogradGrid& grid, int64_t pieces, const PairOf<T>* u
       TileOutput<float> out{m + point * m_step(end - begin) + (t - begin) * kColumns, kColumns, nullptr,
                             accumulate, false};
       for (int64_t row = 0; row < rows; ++row, a += grid.columns * v_tile_step, out.accumulate = true) {
-        find_tile_of_runs<E>(count, columns)(reinterpret_cast<const E*>(a), tile, runs, depth, tile,
-                                             u + (row * kPoints + point) * u_step<E>(channels, pieces), out);
+        const E* v_row = reinterpret_cast<const E*>(a);
+        const E* u_row = u + (row * kPoints + point) * u_step<E>(channels, pieces);
+        if (runs == 1) {
+          find_tile<E>(TileOperand::kDepthContiguous, count, columns)(v_row, tile, u_row, depth, out);
+        } else {
+          find_tile_of_runs<E>(count, columns)(v_row, tile, runs, depth, tile, u_row, out);
+        }
       }
     }
   }
@@ -229,6 +234,10 @@ struct Problem {
   bool alone() const { return panels() < num_threads() && tiles < kTilesAlone; }
   int64_t step() const { return step_channels<T>(gather.channels, pieces, tiles); }
   int64_t steps() const { return ceil_div(gather.channels, step()); }
+  // V of a tile.
+  int64_t tile_bytes() const {
+    return kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(gather.channels);
+  }
   // U of one step of a panel.
   bool keeps_u() const { return panels() * steps() * u_size() * static_cast<int64_t>(sizeof(E)) <= kKeptU; }
   int64_t u_size() const { return pieces * kWinogradPoints<T> * u_step<E>(step(), pieces); }
@@ -307,18 +316,22 @@ void filters_over_threads(const Problem<T>& p, int64_t block) {
   });
 }
 
+// Whether V of `tiles` is half of an L2 of 1 MiB at the most.
+template <class T>
+bool in_l2(const Problem<T>& p, int64_t tiles) {
+  return tiles * p.tile_bytes() <= 524288;
+}
+
 // The most tiles of a block. With a U that is kept, which is read once for each, V and M are to be in L2, of
 // 1 MiB; U takes less time for more tiles, but register tiles of 14 rows need little of it. Where U is made
 // for each block anew, V is as large as is still near.
 constexpr bool kShortTiles = kTileRows < 14;
 template <class T>
 int64_t block_tiles(const Problem<T>& p, bool keeps_u) {
-  const int64_t tile_bytes =
-      kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(p.gather.channels);
-  if (!keeps_u) return max64(kTileRows, kOwnV / tile_bytes);
+  if (!keeps_u) return max64(kTileRows, kOwnV / p.tile_bytes());
   if (kShortTiles) return (p.gather.channels > 192 ? 8 : 4) * kTileRows;
   const int64_t of_m = 262144 / (kWinogradPoints<T> * kColumns * static_cast<int64_t>(sizeof(float)));
-  return max64(kTileRows, min64(524288 / tile_bytes, of_m) / kTileRows * kTileRows);
+  return max64(kTileRows, min64(524288 / p.tile_bytes(), of_m) / kTileRows * kTileRows);
 }
 
 }  // namespace
@@ -333,10 +346,13 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
     const int64_t share = ceil_div(p.tiles, threads);
     const int64_t blocks = ceil_div(share, block_tiles(p, p.keeps_u()));  // of a thread
     const int64_t all_blocks = ceil_div(p.tiles, block_tiles(p, false));
-    // The busiest thread's work: 1 for a tile's V, 5 for its products with a vector of filters, 72 for a
-    // panel's U.
-    const int64_t by_tiles = 72 * p.panels() * (p.keeps_u() ? 1 : blocks) + share * (5 * vectors + 1);
-    const int64_t by_filters = ceil_div(p.panels(), threads) * (72 * all_blocks + 10 * p.tiles) + p.tiles;
+    // The busiest thread's work: 1 for a tile's V, and half of that for reading it for a vector of filters
+    // from beyond L2; 5 for its products with them; 36 for their U. In halves.
+    const int64_t by_tiles = 144 * p.panels() * (p.keeps_u() ? 1 : blocks) +
+                             share * ((in_l2(p, p.keeps_u() ? 1 : share) ? 10 : 11) * vectors + 2);
+    const int64_t by_filters =
+        ceil_div(p.panels(), threads) * (144 * all_blocks + (in_l2(p, p.tiles) ? 20 : 22) * p.tiles) +
+        2 * p.tiles;
     if (by_tiles < by_filters || p.panels() < num_threads()) {
       tiles_over_threads(p, ceil_div(p.tiles, blocks * threads));
     } else {
