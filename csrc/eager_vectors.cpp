@@ -40,10 +40,12 @@ const T* data_or_null(const OptionalTensor& vector) {
 void follow_plainly(const Tensor& running, const Tensor& value, double momentum, double factor) {
   with_type_of(running, [&](auto type) {
     with_type_of(value, [&](auto value_type) {
-      auto* to = running.mutable_data_ptr<decltype(type)>();
+      using T = decltype(type);
+      T* to = running.mutable_data_ptr<T>();
       const auto* from = value.const_data_ptr<decltype(value_type)>();
       for (int64_t c = 0; c < running.numel(); ++c) {
-        to[c] = static_cast<decltype(type)>(to[c] * (1 - momentum) + from[c] * (momentum * factor));
+        const T kept = to[c] * static_cast<T>(1 - momentum);  // rounded, as by torch's operators
+        to[c] = static_cast<T>(kept + from[c] * (momentum * factor));
       }
     });
   });
