@@ -22,6 +22,9 @@ constexpr int64_t kFewPixels = 16;
 constexpr int64_t kFewRowPixels = 256;
 // Outputs of a row below which the tile more that 5x5 in pieces takes outweighs its fewer products.
 constexpr int64_t kFewColumns = 12;
+// Elements of a weight below which each thread packs NHWC's for itself sooner than it reads what another has
+// packed.
+constexpr int64_t kPlanes = 262144;
 // Panels of filters beyond which a first layer's packed image is read often enough to pay for its packing.
 constexpr int64_t kFewPanels = 4;
 
@@ -151,6 +154,7 @@ bool conv2d_packs_pairs(const Conv2dParams& p) {
 
 bool conv2d_packs_planes(const Conv2dParams& p) {
   if (p.R * p.S == 1 || conv2d_packs_pairs(p) || conv2d_flattened(p).R != p.R) return false;
+  if (p.K * p.C / p.groups * p.R * p.S < kPlanes) return false;
   const Conv2dAlgorithm algorithm = conv2d_choose(Conv2dDirection::kForward, p);
   return algorithm == Conv2dAlgorithm::kGemm || (algorithm == Conv2dAlgorithm::kWinograd && !strided(p));
 }
