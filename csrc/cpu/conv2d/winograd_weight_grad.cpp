@@ -231,8 +231,7 @@ void weight_grad_winograd(const Conv2dParams& p) {
          winograd_tiles(forward_gather<float>(p), p.N)};
   w.lay_out();
   // A chunk's sums, points * channels * columns, are to be an eighth of its V and M, points * tiles *
-  // (channels
-  // + columns), as in the end some come from another core's cache; and those of all stay in one.
+  // (channels + columns), as in the end some come from another core's cache; and those of all stay in one.
   const int64_t columns = w.panels * kColumns;
   const int64_t least = max64(kTileRows, 8 * channels * columns / (channels + columns));
   const int64_t most = min64(w.tiles / least, kAllSums / w.u_chunk);
