@@ -215,3 +215,16 @@ def test_a_sum_over_nothing_is_zero(x_shape, weight_shape):
     dx, dweight, dbias = torch.autograd.grad(y.sum(), (x, weight, bias))
     assert dx.shape == x.shape and dweight.shape == weight.shape and not dweight.any()
     assert dbias.tolist() == [y.numel() / 3] * 3
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_a_large_contiguous_weight_is_packed_as_one_in_channels_last(dtype, stride):
+    """In place of being made channels_last first: the same bits, by matrix products and by Winograd's algorithm."""
+    x, weight = reals(2, 99, 9, 11, dtype=dtype), reals(304, 99, 3, 3, dtype=dtype, seed=1)
+    assert weight.numel() > 262144
+    bias = reals(304, dtype=dtype, seed=2)
+    y = F.conv2d(x, weight, bias, stride, 1)
+    assert y.is_contiguous()
+    expected = F.conv2d(x, weight.to(memory_format=torch.channels_last), bias, stride, 1)
+    assert_bitwise(y, expected)

@@ -238,8 +238,9 @@ struct Problem {
   int64_t tile_bytes() const {
     return kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(gather.channels);
   }
-  // U of one step of a panel.
+  // Whether a thread keeps all of U, or makes a panel's for each block of tiles.
   bool keeps_u() const { return panels() * steps() * u_size() * static_cast<int64_t>(sizeof(E)) <= kKeptU; }
+  // U of one step of a panel.
   int64_t u_size() const { return pieces * kWinogradPoints<T> * u_step<E>(step(), pieces); }
   void transform(int64_t panel, int64_t i, E* u) const {
     transform_filters(filters, group, panel * kColumns, gather.channels, i * step(),
