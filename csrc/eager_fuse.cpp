@@ -211,7 +211,8 @@ PyObject* conv(PyObject*, PyObject* const* values, Py_ssize_t count) {
       !is_inference(x, p.bias, f.in_scale, f.in_shift, f.residual)) {
     return not_plain();
   }
-  if (f.residual && (f.residual->scalar_type() != x.scalar_type() || f.residual->sizes() != p.extents(x))) {
+  if (f.residual && (f.residual->scalar_type() != x.scalar_type() ||
+                     f.residual->sizes() != at::IntArrayRef(p.extents(x)))) {
     return not_plain();  // a sum with a broadcast, or of another dtype
   }
   f.bias = p.bias;

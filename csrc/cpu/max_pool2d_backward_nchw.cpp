@@ -122,7 +122,7 @@ CUDA_CNN_INLINE V halve_lanes(V v) {
   constexpr int kCount = sizeof(V) / sizeof(v[0]);
 #if defined(__clang__)
   V halved;
-  for (int i = 0; i < kCount; ++i) halved[i] = v[(kFirst + kCount + i) / 2 % kCount];
+  for (int i = 0; i < kCount; ++i) halved[i] = v[(kFirst + i) / 2 & (kCount - 1)];
   return halved;
 #else
   decltype(v > v) lanes;
