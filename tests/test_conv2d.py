@@ -149,6 +149,19 @@ def test_infinity_stays_in_its_group(isa, case):
         assert not finite[3], f"{name} of {case}: Inf was lost"
 
 
+def test_infinity_that_no_tap_reads_stays_out(isa):
+    """Pairs of rows of which the last one is missing read no row in its place."""
+    x = torch.ones(2, 3, 8, 40).to(memory_format=torch.channels_last)
+    x[:, :, 7] = float("inf")
+    for dtype, name in itertools.product((torch.float32, torch.bfloat16), ("auto", "gemm", "few_channels")):
+        dy, size = torch.ones(2, 5, 3, 19, dtype=dtype), (5, 3, 3, 3)
+        with backends.flags(conv2d_algorithm=name):
+            ours = torch.ops.cuda_cnn.conv2d_weight_grad(
+                dy, x.to(dtype), size, (2, 2), (0, 0), (1, 1), 1, True
+            )
+        assert torch.equal(ours, torch.full(size, 2 * 3 * 19, dtype=dtype)), (dtype, name)
+
+
 def error_bound(depth, dtype, size):
     """γ_K·(|x|⋆|w|), the worst that sums of K products can round to, and the rounding of the result."""
     accumulator = ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]

@@ -31,11 +31,14 @@ void forward_gemm_nchw(const Conv2dParams& p);
 template <class T>
 void input_grad_gemm_nchw(const Conv2dParams& p);
 
-// conv2d/few_channels_forward.cpp, few_channels.cpp: one group of less than a vector of channels.
+// conv2d/few_channels_forward.cpp, few_channels.cpp, few_channels_weight_grad.cpp: one group of less than a
+// vector of channels.
 template <class T>
 void forward_few_channels(const Conv2dParams& p);
 template <class T>
 void input_grad_few_channels(const Conv2dParams& p);
+template <class T>
+void weight_grad_few_channels(const Conv2dParams& p);
 
 // conv2d/few_pixels.cpp: 1x1, stride 1, one group.
 template <class T>

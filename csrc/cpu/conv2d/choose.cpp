@@ -25,6 +25,9 @@ constexpr int64_t kFewColumns = 12;
 // Elements of a weight below which each thread packs NHWC's for itself sooner than it reads what another has
 // packed.
 constexpr int64_t kPlanes = 262144;
+// Positions of a row from which on a tile's multiply-adds outweigh its reading and writing of sums, once a
+// row.
+constexpr int64_t kLongRow = 16;
 // Panels of filters beyond which a first layer's packed image is read often enough to pay for its packing.
 constexpr int64_t kFewPanels = 4;
 
@@ -96,8 +99,8 @@ bool applies(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv2dP
              !p.in_relu && !empty_sum(direction, p);
     case Conv2dAlgorithm::kFewChannels:
       if (p.groups > 1 || p.C >= vector_lanes(p.dtype) || empty_sum(direction, p)) return false;
-      return direction == Conv2dDirection::kForward ? p.dilation_w == 1 && !p.residual
-                                                    : direction == Conv2dDirection::kInputGrad;
+      if (direction == Conv2dDirection::kInputGrad) return true;
+      return p.dilation_w == 1 && (direction == Conv2dDirection::kForward ? !p.residual : !p.nchw);
     case Conv2dAlgorithm::kGemm:
       return !empty_sum(direction, p);
     case Conv2dAlgorithm::kReference:
@@ -123,6 +126,10 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
   // Forward: one tap a row is a plain matrix product.
   if (algorithm == Conv2dAlgorithm::kFewChannels && direction == Conv2dDirection::kForward) {
     return p.S > 1 && !conv2d_packs_pairs(p) && p.K <= kFewPanels * conv2d_panel_columns(p.dtype);
+  }
+  // Weight gradient: where taps overlap, or each element is copied once anyway.
+  if (algorithm == Conv2dAlgorithm::kFewChannels && direction == Conv2dDirection::kWeightGrad) {
+    return p.S > 1 && p.R * p.S > p.stride_h * p.stride_w && p.Q >= kLongRow;
   }
   if (algorithm != Conv2dAlgorithm::kWinograd) return true;
   const Conv2dParams b = conv2d_in_blocks(p);

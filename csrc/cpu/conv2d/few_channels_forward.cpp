@@ -77,10 +77,7 @@ void correlate_few_channels(const Gather<T>& g, const Scatter<T>& to, const Filt
   using Acc = Accumulator<T>;
   constexpr int64_t kColumns = kTileColumns<Acc>;
   const int64_t columns = filters.columns(), panels = ceil_div(columns, kColumns);
-  // The image with its padding: a position a row, which has a tap a pixel.
-  Gather<T> image = g;
-  image.P = (g.P - 1) * g.stride_h + (g.R - 1) * g.tap_h + 1, image.Q = 1, image.stride_h = 1, image.R = 1;
-  image.S = (g.Q - 1) * g.stride_w + g.S;
+  const Gather<T> image = rows_of_image(g);
   const int64_t row_step = ceil_div(image.depth(), kLanes<Acc>) * kLanes<Acc> + kLanes<Acc>;
   const int64_t rows_bytes = row_step * g.stride_h * static_cast<int64_t>(sizeof(Acc));
   const int64_t most = max64(1, min64(g.P, kBandBytes / rows_bytes)), threads = num_threads();

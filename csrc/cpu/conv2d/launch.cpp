@@ -71,6 +71,8 @@ void conv2d_weight_grad(const Conv2dParams& unflattened) {
         return weight_grad_winograd(params);
       case Conv2dAlgorithm::kDepthwise:
         return weight_grad_depthwise<T>(params);
+      case Conv2dAlgorithm::kFewChannels:
+        return weight_grad_few_channels<T>(params);
       case Conv2dAlgorithm::kGemm:
       case Conv2dAlgorithm::kGemmNchw:
         return weight_grad_gemm<T>(params);

@@ -64,6 +64,15 @@ Gather<T> forward_gather(const Conv2dParams& p) {
           p.in_relu};
 }
 
+// The image with its padding: a position a row, which has a tap a pixel, as far as any tap of g reads.
+template <class T>
+Gather<T> rows_of_image(const Gather<T>& g) {
+  Gather<T> image = g;
+  image.P = (g.P - 1) * g.stride_h + (g.R - 1) * g.tap_h + 1, image.Q = 1, image.stride_h = 1, image.R = 1;
+  image.S = (g.Q - 1) * g.stride_w + g.S;
+  return image;
+}
+
 // Rows [position, position + count) and columns [depth_begin, depth_end) of the matrix, `step` elements
 // apart; step has room for a vector behind the columns. To is Accumulator<T>, or T itself.
 template <class T, class To>

@@ -6,6 +6,7 @@
 // Each task owns its sums. Those of the chunks are added in their order. The cuts depend on the shape alone,
 // so the result does not know how many threads there were; a block's sums start at 0, so that chains stay
 // short. Of NCHW tensors, x's rows are packed as [(c,r,s)][pixel], and dy's are transposed into their panels.
+#include "cpu/conv2d/weight_grad.h"
 #include "cpu/conv2d/algorithms.h"
 #include "cpu/conv2d/pack_nchw.h"
 #include "cpu/conv2d/prefetch.h"
@@ -30,13 +31,6 @@ constexpr int64_t kRowsAtOnce = 16;   // of x, packed before they are paired: 14
 constexpr int64_t kLinesToL1 = 24;    // of the next block for a tile; more of them to L2
 constexpr int64_t kTasks = 8;
 constexpr int64_t kWorthATask = 200000;  // multiply-adds
-
-// At least `wanted` pieces where `most` allows it; a power of two, for equal loads of 2, 4 and 8 threads.
-int64_t even_cut(int64_t wanted, int64_t most) {
-  int64_t cut = 1;
-  while (cut < wanted && 2 * cut <= most) cut *= 2;
-  return cut;
-}
 
 WeightGradCut cut_weight_grad(int64_t pixels, int64_t depth, int64_t panels, int64_t groups,
                               int64_t block_pixels) {
@@ -169,16 +163,29 @@ void accumulate(const WeightGradTask<T>& t) {
   }
 }
 
-template <class Acc>
-void add_chunks(Acc* sums, int64_t chunks, int64_t chunk_size, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kLanes<Acc>) {
-    Vec<Acc> total = load(sums + i);
-    for (int64_t c = 1; c < chunks; ++c) total += load(sums + c * chunk_size + i);
-    store(sums + i, total);
-  }
-}
-
 }  // namespace
+
+template <class T>
+void add_chunks(const Conv2dParams& p, Accumulator<T>* sums, int64_t chunks) {
+  using Acc = Accumulator<T>;
+  constexpr int64_t kColumns = kTileColumns<Acc>;
+  const int64_t outputs = p.K / p.groups, depth = p.R * p.S * p.C / p.groups;
+  const int64_t panels = ceil_div(outputs, kColumns), panel_size = depth * kColumns;
+  const int64_t chunk_size = p.groups * panels * panel_size;
+  parallel_for(p.groups * panels, ceil_div(kBlockPixels * kRangeDepth, panel_size),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin * panel_size; i < end * panel_size; i += kLanes<Acc>) {
+                   Vec<Acc> total = load(sums + i);
+                   for (int64_t c = 1; c < chunks; ++c) total += load(sums + c * chunk_size + i);
+                   store(sums + i, total);
+                 }
+                 for (int64_t panel = begin; panel < end; ++panel) {
+                   const int64_t k = panel % panels * kColumns, group = panel / panels;
+                   unpack_panel_transposed(sums + panel * panel_size, outputs - k, depth,
+                                           static_cast<T*>(p.dweight) + (group * outputs + k) * depth, depth);
+                 }
+               });
+}
 
 template <class T, class E>
 void weight_grad_of(const Conv2dParams& p) {
@@ -214,16 +221,7 @@ void weight_grad_of(const Conv2dParams& p) {
       accumulate<T, E>(t);
     }
   });
-  if (cut.chunks == 1) return;
-  parallel_for(p.groups * panels, ceil_div(kBlockPixels * kRangeDepth, panel_size),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t panel = begin; panel < end; ++panel) {
-                   add_chunks(sums, cut.chunks, chunk_size, panel * panel_size, (panel + 1) * panel_size);
-                   const int64_t k = panel % panels * kColumns, group = panel / panels;
-                   unpack_panel_transposed(sums + panel * panel_size, outputs - k, depth,
-                                           static_cast<T*>(p.dweight) + (group * outputs + k) * depth, depth);
-                 }
-               });
+  if (cut.chunks > 1) add_chunks<T>(p, sums, cut.chunks);
 }
 
 template <class T>
@@ -232,6 +230,10 @@ void weight_grad_gemm(const Conv2dParams& p) {
                   [&](auto operand) { weight_grad_of<T, decltype(operand)>(p); });
 }
 
+template void add_chunks<float>(const Conv2dParams&, float*, int64_t);
+template void add_chunks<double>(const Conv2dParams&, double*, int64_t);
+template void add_chunks<BFloat16>(const Conv2dParams&, float*, int64_t);
+template void add_chunks<Half>(const Conv2dParams&, float*, int64_t);
 template void weight_grad_gemm<float>(const Conv2dParams&);
 template void weight_grad_gemm<double>(const Conv2dParams&);
 template void weight_grad_gemm<BFloat16>(const Conv2dParams&);
