@@ -51,12 +51,17 @@ bool stays_nchw(Conv2dDirection direction, Conv2dParams& p, bool channels_last,
   return p.nchw;
 }
 
-bool packs_planes([[maybe_unused]] const at::Tensor& weight, [[maybe_unused]] const Conv2dParams& p) {
+// The weight of a forward call on NHWC, in the layout that p then names.
+at::Tensor weight_for(const at::Tensor& weight, Conv2dParams& p, at::Tensor& packed) {
 #if !defined(CUDA_CNN_EMULATED)
-  return weight.is_cpu() && weight.is_contiguous() && !p.nchw && cpu::conv2d_packs_planes(p);
-#else
-  return false;
+  if (weight.is_cpu() && weight.is_contiguous()) {
+    const cpu::Conv2dPlanes planes = cpu::conv2d_planes(p);
+    p.weight_planes = planes == cpu::Conv2dPlanes::kKeep;
+    if (planes == cpu::Conv2dPlanes::kPack) packed = packed_weight(weight, p.groups);
+    if (planes != cpu::Conv2dPlanes::kConvert) return weight;
+  }
 #endif
+  return dense_nhwc(weight);
 }
 
 }  // namespace
@@ -247,9 +252,9 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::opti
   const bool nchw = stays_nchw(Conv2dDirection::kForward, p, channels_last, {x, weight});
   at::Tensor y = nchw ? empty_result(shape, contiguous(x)) : empty_nhwc(shape, x.options(), channels_last);
   if (y.numel() == 0) return in_format(y, channels_last);
-  const at::Tensor packed = packs_planes(weight, p) ? packed_weight(weight, groups) : at::Tensor();
+  at::Tensor packed;
   const at::Tensor input = nchw ? x : to_nhwc(x, &p.x_pixel),
-                   filter = nchw || packed.defined() ? weight : dense_nhwc(weight);
+                   filter = nchw ? weight : weight_for(weight, p, packed);
   const at::Tensor shift = bias ? bias->contiguous() : at::Tensor();
   p.x = data(input);
   p.packed = packed.defined() ? data(packed) : nullptr;

@@ -12,10 +12,6 @@ void pack_filters(const Filters<T, E>& f, int64_t group, int64_t column, int64_t
                   E* panel) {
   const int64_t filter = f.R * f.S * f.channels;
   const T* weight = f.weight + group * f.outputs * filter;
-  if (f.planes) {
-    pack_panel_of_planes(weight + column * filter, filter, f.outputs - column, f.channels, f.R * f.S, panel);
-    return;
-  }
   if (!f.transposed) {
     pack_panel_transposed(weight + column * filter + begin, filter, f.outputs - column, end - begin, panel);
     return;
@@ -31,19 +27,33 @@ void pack_filters(const Filters<T, E>& f, int64_t group, int64_t column, int64_t
 }
 
 template <class T, class E>
+void pack_filter_planes(const Filters<T, E>& f, int64_t group, int64_t column, int64_t begin, int64_t end,
+                        E* panel) {
+  const int64_t taps = f.R * f.S, filter = taps * f.channels;
+  const T* weight = f.weight + (group * f.outputs + column) * filter + begin * taps;
+  pack_panel_of_planes(weight, filter, f.outputs - column, end - begin, taps, panel);
+}
+
+template <class T, class E>
 void pack_all_filters(const Filters<T, E>& filters, int64_t groups, E* packed) {
   constexpr int64_t kColumns = kTileColumns<E>;
   const int64_t panel_size = operands<E>(filters.depth()) * kColumns,
                 panels = ceil_div(filters.columns(), kColumns);
   parallel_for(groups * panels, ceil_div(kPackGrain, panel_size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      pack_filters(filters, i / panels, i % panels * kColumns, 0, filters.depth(), packed + i * panel_size);
+      const int64_t group = i / panels, column = i % panels * kColumns;
+      if (filters.planes) {
+        pack_filter_planes(filters, group, column, 0, filters.channels, packed + i * panel_size);
+      } else {
+        pack_filters(filters, group, column, 0, filters.depth(), packed + i * panel_size);
+      }
     }
   });
 }
 
-#define INSTANTIATE(T, E)                                                                   \
-  template void pack_filters(const Filters<T, E>&, int64_t, int64_t, int64_t, int64_t, E*); \
+#define INSTANTIATE(T, E)                                                                         \
+  template void pack_filters(const Filters<T, E>&, int64_t, int64_t, int64_t, int64_t, E*);       \
+  template void pack_filter_planes(const Filters<T, E>&, int64_t, int64_t, int64_t, int64_t, E*); \
   template void pack_all_filters(const Filters<T, E>&, int64_t, E*);
 INSTANTIATE(float, float)
 INSTANTIATE(double, double)

@@ -62,8 +62,9 @@ void forward_winograd(const Conv2dParams& p) {
   if (p.stride_h * p.stride_w > 1) return forward_winograd_blocks(p);
   with_winograd_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    correlate_winograd(forward_gather<T>(p), forward_scatter<T>(p), make_filters<T, PairOf<T>>(p), p.N,
-                       p.groups);
+    auto filters = make_filters<T, PairOf<T>>(p);
+    filters.planes = p.weight_planes;
+    correlate_winograd(forward_gather<T>(p), forward_scatter<T>(p), filters, p.N, p.groups);
   });
 }
 

@@ -40,6 +40,11 @@ CUDA_CNN_INLINE void prefetch_run(const T* from, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
 }
 
+template <class T>
+CUDA_CNN_INLINE void prefetch_to_l2(const T* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Asks for the lines that are written soon.
 template <class T>
 CUDA_CNN_INLINE void prefetch_output(const T* c, int64_t step, int64_t rows, int64_t columns) {

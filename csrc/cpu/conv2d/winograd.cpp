@@ -93,7 +93,8 @@ void transform_filters(const Filters<T, E>& filters, int64_t group, int64_t colu
   } else {
     tap_step = operands<E>(end - begin) * kColumns;
     E* packed = workspace<E>(Workspace::kC, taps * tap_step);
-    for (int64_t tap = 0; tap < taps; ++tap) {
+    if (filters.planes) pack_filter_planes(filters, group, column, begin, end, packed);
+    for (int64_t tap = 0; tap < taps && !filters.planes; ++tap) {
       pack_filters(filters, group, column, tap * channels + begin, tap * channels + end,
                    packed + tap * tap_step);
     }
