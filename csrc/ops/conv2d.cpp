@@ -51,17 +51,22 @@ bool stays_nchw(Conv2dDirection direction, Conv2dParams& p, bool channels_last,
   return p.nchw;
 }
 
-// The weight of a forward call on NHWC, in the layout that p then names.
-at::Tensor weight_for(const at::Tensor& weight, Conv2dParams& p, at::Tensor& packed) {
+// For forward or the input gradient on NHWC: p.weight and, of forward, p.packed. What they point to is in the
+// tensors that are returned.
+std::pair<at::Tensor, at::Tensor> attach_weight([[maybe_unused]] Conv2dDirection direction, Conv2dParams& p,
+                                                const at::Tensor& weight) {
+  at::Tensor filter = weight, packed;
 #if !defined(CUDA_CNN_EMULATED)
-  if (weight.is_cpu() && weight.is_contiguous()) {
-    const cpu::Conv2dPlanes planes = cpu::conv2d_planes(p);
-    p.weight_planes = planes == cpu::Conv2dPlanes::kKeep;
-    if (planes == cpu::Conv2dPlanes::kPack) packed = packed_weight(weight, p.groups);
-    if (planes != cpu::Conv2dPlanes::kConvert) return weight;
-  }
+  const bool planes = !p.nchw && weight.is_cpu() && weight.is_contiguous();
+  const auto use = planes ? cpu::conv2d_planes(direction, p) : cpu::Conv2dPlanes::kConvert;
+  p.weight_planes = use == cpu::Conv2dPlanes::kKeep;
+  if (use == cpu::Conv2dPlanes::kPack) packed = packed_weight(weight, p.groups);
+  if (use == cpu::Conv2dPlanes::kConvert && !p.nchw)
 #endif
-  return dense_nhwc(weight);
+    filter = dense_nhwc(weight);
+  p.weight = data(filter);
+  p.packed = packed.defined() ? data(packed) : nullptr;
+  return {filter, packed};
 }
 
 }  // namespace
@@ -196,10 +201,9 @@ at::Tensor input_gradient(const at::Tensor& dy, const at::Tensor& weight, at::In
   const bool nchw = stays_nchw(Conv2dDirection::kInputGrad, p, channels_last, {weight});
   at::Tensor dx = nchw ? empty_result(x, contiguous(dy)) : empty_nhwc(x, dy.options(), channels_last);
   if (dx.numel() == 0) return in_format(dx, channels_last);
-  const at::Tensor grad = nchw ? dy.contiguous() : to_nhwc(dy, &p.y_pixel),
-                   filter = nchw ? weight : dense_nhwc(weight);
+  const at::Tensor grad = nchw ? dy.contiguous() : to_nhwc(dy, &p.y_pixel);
+  const auto filter = attach_weight(Conv2dDirection::kInputGrad, p, weight);
   p.dy = data(grad);
-  p.weight = data(filter);
   p.dx = mutable_data(dx);
   const at::Tensor workspace = attach_workspace(Conv2dDirection::kInputGrad, p, dy);
   CUDA_CNN_LAUNCH(dy, conv2d_input_grad, p);
@@ -252,13 +256,10 @@ at::Tensor conv2d(const at::Tensor& x, const at::Tensor& weight, const std::opti
   const bool nchw = stays_nchw(Conv2dDirection::kForward, p, channels_last, {x, weight});
   at::Tensor y = nchw ? empty_result(shape, contiguous(x)) : empty_nhwc(shape, x.options(), channels_last);
   if (y.numel() == 0) return in_format(y, channels_last);
-  at::Tensor packed;
-  const at::Tensor input = nchw ? x : to_nhwc(x, &p.x_pixel),
-                   filter = nchw ? weight : weight_for(weight, p, packed);
+  const at::Tensor input = nchw ? x : to_nhwc(x, &p.x_pixel);
+  const auto filter = attach_weight(Conv2dDirection::kForward, p, weight);
   const at::Tensor shift = bias ? bias->contiguous() : at::Tensor();
   p.x = data(input);
-  p.packed = packed.defined() ? data(packed) : nullptr;
-  p.weight = data(filter);
   p.bias = bias ? data(shift) : nullptr;
   p.y = mutable_data(y);
   const at::Tensor workspace = attach_workspace(Conv2dDirection::kForward, p, x);

@@ -159,12 +159,16 @@ bool conv2d_packs_pairs(const Conv2dParams& p) {
   return in_pairs(p) && (channels % 2 == 0 || p.R * p.S * channels <= kUncutDepth);
 }
 
-Conv2dPlanes conv2d_planes(const Conv2dParams& p) {
-  if (p.R * p.S == 1 || conv2d_packs_pairs(p) || conv2d_flattened(p).R != p.R) return Conv2dPlanes::kConvert;
-  const Conv2dAlgorithm algorithm = conv2d_choose(Conv2dDirection::kForward, p);
-  if (algorithm == Conv2dAlgorithm::kWinograd && !strided(p)) return Conv2dPlanes::kKeep;
+Conv2dPlanes conv2d_planes(Conv2dDirection direction, const Conv2dParams& p) {
+  const Conv2dAlgorithm algorithm = conv2d_choose(direction, p);
+  if (algorithm == Conv2dAlgorithm::kWinograd && p.dtype == DType::kFloat32 && !strided(p)) {
+    return Conv2dPlanes::kKeep;
+  }
   const bool large = p.K * p.C / p.groups * p.R * p.S >= kPlanes;
-  return algorithm == Conv2dAlgorithm::kGemm && large ? Conv2dPlanes::kPack : Conv2dPlanes::kConvert;
+  return direction == Conv2dDirection::kForward && algorithm == Conv2dAlgorithm::kGemm && large &&
+                 p.R * p.S > 1 && !conv2d_packs_pairs(p) && conv2d_flattened(p).R == p.R
+             ? Conv2dPlanes::kPack
+             : Conv2dPlanes::kConvert;
 }
 
 int64_t conv2d_panel_columns(DType dtype) { return 2 * vector_lanes(dtype); }

@@ -1,5 +1,6 @@
 #include "cpu/conv2d/filters.h"
 
+#include "cpu/conv2d/prefetch.h"
 #include "cpu/parallel.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
@@ -30,8 +31,19 @@ template <class T, class E>
 void pack_filter_planes(const Filters<T, E>& f, int64_t group, int64_t column, int64_t begin, int64_t end,
                         E* panel) {
   const int64_t taps = f.R * f.S, filter = taps * f.channels;
-  const T* weight = f.weight + (group * f.outputs + column) * filter + begin * taps;
-  pack_panel_of_planes(weight, filter, f.outputs - column, end - begin, taps, panel);
+  const int64_t count = end - begin, tap_step = count * kTileColumns<E>;
+  const T* weight = f.weight + group * f.outputs * filter;
+  if (!f.transposed) {
+    pack_panel_of_planes(weight + column * filter + begin * taps, filter, f.outputs - column, count, taps,
+                         tap_step, panel);
+    return;
+  }
+  panel += (taps - 1) * tap_step;  // backwards
+  for (int64_t output = begin; output < end; ++output, panel += kTileColumns<E>) {
+    const T* planes = weight + output * filter + column * taps;
+    prefetch_to_l2(planes + filter, kTileColumns<E> * taps);
+    pack_panel_of_planes(planes, taps, f.channels - column, 1, taps, -tap_step, panel);
+  }
 }
 
 template <class T, class E>

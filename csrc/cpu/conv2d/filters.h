@@ -17,7 +17,7 @@ struct Filters {
   bool transposed;            // for the input gradient, with the taps of
   Conv2dPhase h, w;
   const E* packed = nullptr;  // all panels, where a caller has kept them
-  bool planes = false;        // forward: weight is [K][channels][R][S], and packed with pack_filter_planes
+  bool planes = false;        // weight is [K][channels][R][S], and packed with pack_filter_planes
 
   int64_t columns() const { return transposed ? channels : outputs; }
   int64_t depth() const { return transposed ? h.taps * w.taps * outputs : R * S * channels; }
@@ -29,7 +29,8 @@ template <class T, class E>
 void pack_filters(const Filters<T, E>& filters, int64_t group, int64_t column, int64_t begin, int64_t end,
                   E* panel);
 
-// The same of `planes`, of channels [begin, end): [R * S][end - begin][kTileColumns].
+// The same of `planes` and all taps, with a stride of 1, of channels (for the input gradient outputs) [begin,
+// end): [R * S][end - begin][kTileColumns].
 template <class T, class E>
 void pack_filter_planes(const Filters<T, E>& filters, int64_t group, int64_t column, int64_t begin,
                         int64_t end, E* panel);

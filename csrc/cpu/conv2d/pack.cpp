@@ -163,12 +163,12 @@ void pack_positions(const Gather<T>& g, int64_t position, int64_t count, int64_t
 
 template <class T, class Acc>
 void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Acc* panel) {
-  pack_panel_of_planes(rows, pitch, columns, depth, 1, panel);
+  pack_panel_of_planes(rows, pitch, columns, depth, 1, 0, panel);
 }
 
 template <class T, class Acc>
 void pack_panel_of_planes(const T* rows, int64_t pitch, int64_t columns, int64_t channels, int64_t taps,
-                          Acc* panel) {
+                          int64_t tap_step, Acc* panel) {
   constexpr int kWidth = kLanes<Acc>;
   const int64_t depth = channels * taps;
   Acc* places[kWidth];
@@ -176,7 +176,7 @@ void pack_panel_of_planes(const T* rows, int64_t pitch, int64_t columns, int64_t
   for (int64_t d = 0; d < depth; d += kWidth) {
     const int64_t left = min64(depth - d, kWidth);
     for (int64_t i = 0; i < left; ++i) {
-      places[i] = panel + (tap * channels + channel) * kTileColumns<Acc>;
+      places[i] = panel + tap * tap_step + channel * kTileColumns<Acc>;
       if (++tap == taps) tap = 0, ++channel;
     }
     for (int j = 0; j < kTileVectors; ++j) {
@@ -234,7 +234,7 @@ void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64
 #if defined(CUDA_CNN_HAS_PAIRS)
 // Not for pairs, of which a tap's are not neighbours there: a caller makes NHWC of the weight.
 template <>
-void pack_panel_of_planes(const BFloat16*, int64_t, int64_t, int64_t, int64_t, Bf16Pair*) {}
+void pack_panel_of_planes(const BFloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, Bf16Pair*) {}
 
 template void pack_positions(const Gather<BFloat16>&, int64_t, int64_t, int64_t, int64_t, BFloat16*, int64_t);
 
@@ -302,7 +302,8 @@ void pack_panel(const BFloat16* rows, int64_t pitch, int64_t columns, int64_t de
   template void pack_positions(const Gather<T>&, int64_t, int64_t, int64_t, int64_t, Accumulator<T>*, \
                                int64_t);                                                              \
   template void pack_panel_transposed(const T*, int64_t, int64_t, int64_t, Accumulator<T>*);          \
-  template void pack_panel_of_planes(const T*, int64_t, int64_t, int64_t, int64_t, Accumulator<T>*);  \
+  template void pack_panel_of_planes(const T*, int64_t, int64_t, int64_t, int64_t, int64_t,           \
+                                     Accumulator<T>*);                                                \
   template void pack_panel(const T*, int64_t, int64_t, int64_t, Accumulator<T>*);                     \
   template void unpack_panel_transposed(const Accumulator<T>*, int64_t, int64_t, T*, int64_t);
 INSTANTIATE(float)

@@ -84,10 +84,10 @@ void pack_positions(const Gather<T>& gather, int64_t position, int64_t count, in
 template <class T, class E>
 void pack_panel_transposed(const T* rows, int64_t pitch, int64_t columns, int64_t depth, E* panel);
 
-// The same of rows that are [channel][tap], with depth (tap, channel).
+// The same of rows that are [channel][tap], with the channels of a tap in order and the taps tap_step apart.
 template <class T, class E>
 void pack_panel_of_planes(const T* rows, int64_t pitch, int64_t columns, int64_t channels, int64_t taps,
-                          E* panel);
+                          int64_t tap_step, E* panel);
 
 // A panel of a matrix [depth][columns] with rows `pitch` apart.
 template <class T, class E>

@@ -93,7 +93,7 @@ void input_grad_winograd(const Conv2dParams& p) {
   with_winograd_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     auto filters = make_filters<T, PairOf<T>>(p);
-    filters.transposed = true, filters.h = h, filters.w = w;
+    filters.transposed = true, filters.h = h, filters.w = w, filters.planes = p.weight_planes;
     correlate_winograd(phase_gather<T>(p, h, w), phase_scatter<T>(p, h, w), filters, p.N, p.groups);
   });
 }
