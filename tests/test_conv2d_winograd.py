@@ -56,7 +56,9 @@ def test_winograd_is_within_its_own_bound(isa, case):  # noqa: F811
             assert algorithm(direction, x_shape, weight_shape, *geometry) == "winograd"
         ours = with_gradients(F.conv2d, x, weight, bias, geometry, dy)
         layout = {"memory_format": torch.channels_last}
-        of_nhwc = with_gradients(F.conv2d, x.to(**layout), weight.to(**layout), bias, geometry, dy.to(**layout))
+        of_nhwc = with_gradients(
+            F.conv2d, x.to(**layout), weight.to(**layout), bias, geometry, dy.to(**layout)
+        )
     for name, value in exact.items():
         error = (ours[name].double() - value).abs().max() / value.abs().max()
         assert error < 4e-6, f"{name}: {error:.3g}"

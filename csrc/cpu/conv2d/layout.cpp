@@ -1,5 +1,6 @@
 // NCHW to NHWC and back: a matrix transposition an image, in squares of one vector each way. A task takes a
 // strip of columns, so that what it reads of a row and what it writes of a column are whole cache lines.
+#include "cpu/conv2d/prefetch.h"
 #include "cpu/conv2d/transpose.h"
 #include "cpu/parallel.h"
 #include "kernels/conv2d.h"
@@ -42,7 +43,11 @@ void transpose_strips(const Conv2dTransposeParams& p) {
       const T* from = static_cast<const T*>(p.from) + task / strips * p.rows * p.columns;
       T* to = static_cast<T*>(p.to) + task / strips * p.rows * p.columns;
       for (int64_t row = 0; row < p.rows; row += kWidth) {
+        // The rows that come next, and what is written of them: too many streams to be foreseen.
+        const T* ahead = from + (row + kWidth) * p.columns + first;
+        for (int64_t i = 0; i < kWidth; ++i) prefetch_to_l2(ahead + i * p.columns, last - first);
         for (int64_t column = first; column < last; column += kWidth) {
+          prefetch_output(to + column * p.rows + row + kWidth, p.rows, kWidth, 1);
           transpose_square(from + row * p.columns + column, p.rows, p.columns, to + column * p.rows + row,
                            min64(p.rows - row, kWidth), min64(last - column, kWidth));
         }
