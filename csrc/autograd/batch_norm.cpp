@@ -27,19 +27,20 @@ struct BatchNorm : Function<BatchNorm, &batch_norm> {
     const Tensor masking = mode.relu && residual ? y : Tensor();
     ctx->save_for_backward({x, masking, weight.value_or(Tensor()), bias.value_or(Tensor()),
                             mode.training ? mean : *running_mean, mode.training ? var : *running_var});
-    ctx->saved_data["mode"] = mode.values();
-    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["mode"] = std::make_tuple(mode.training, mode.eps, mode.relu, residual.has_value());
   }
 
   static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
     const variable_list s = ctx->get_saved_variables();  // x, y, weight, bias, mean, var
-    const BatchNormMode mode(ctx->saved_data["mode"]);
+    const auto [training, eps, relu, has_residual] =
+        ctx->saved_data["mode"].to<std::tuple<bool, double, bool, bool>>();
+    const BatchNormMode mode(training, eps, relu);
     size_t edges = 0;  // what was not given has none
     const auto wanted = [&](bool given) { return given && ctx->needs_input_grad(edges++); };
-    const bool has_residual = ctx->saved_data["has_residual"].toBool();
     const bool wants_x = wanted(true), wants_residual = wanted(has_residual),
                wants_weight = wanted(s[2].defined()), wants_bias = wanted(s[3].defined());
     variable_list result(6);
+    const NoGraph no_graph(grads[0]);
     if (const Tensor& dy = grads[0]; dy.defined()) {
       const bool masks = mode.relu && has_residual;
       const auto [dx, dweight, dbias, dresidual] =
@@ -143,6 +144,14 @@ struct BatchNormBackward : Function<BatchNormBackward, &batch_norm_backward> {
     return {grad_g.to(dy.scalar_type()), grad_x.to(x.scalar_type()), {}, grad_weight, {}, {}, {}};
   }
 };
+
+}  // namespace
+}  // namespace cuda_cnn::autograd
+
+CUDA_CNN_NODE(cuda_cnn::autograd::BatchNorm)
+
+namespace cuda_cnn::autograd {
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_autograd(const Tensor& x, const OptionalTensor& residual,
                                                        const OptionalTensor& weight,

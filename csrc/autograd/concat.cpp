@@ -1,7 +1,28 @@
+#include <ATen/ops/as_strided_native.h>
+
 #include "autograd/operators.h"
 
 namespace cuda_cnn::autograd {
 namespace {
+
+// Whether an operator of dy would go straight to torch's kernel: nobody between sees it (a mode, a transform,
+// a subclass, autograd).
+bool goes_to_kernel(const Tensor& dy) {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  const auto keys = (dy.key_set() | local.included_) - local.excluded_ - c10::autocast_dispatch_keyset -
+                    c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
+  return keys == c10::DispatchKeySet(c10::DispatchKey::CPU) ||
+         keys == c10::DispatchKeySet(c10::DispatchKey::CUDA);
+}
+
+// dy.narrow(), without its way through three operators, which takes longer than the view.
+Tensor narrow(const Tensor& dy, int64_t dim, const c10::SymInt& start, const c10::SymInt& length) {
+  if (!goes_to_kernel(dy)) return dy.narrow_symint(dim, start, length);
+  at::DimVector sizes(dy.sizes());
+  sizes[dim] = length.expect_int();
+  const int64_t offset = dy.storage_offset() + start.expect_int() * dy.stride(dim);
+  return at::native::as_strided_tensorimpl(dy, sizes, dy.strides(), offset);
+}
 
 // The part of dy that each input gave: views, as torch.cat's gradients are.
 struct Concat : Function<Concat, &concat> {
@@ -22,20 +43,26 @@ struct Concat : Function<Concat, &concat> {
     const int64_t along = ctx->saved_data["dim"].toIntVector()[0];
     variable_list result(extents.size());
     if (!dy.defined()) return result;
-    // A view that no graph will be made of needs no record of its base.
-    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-    if (!at::GradMode::is_enabled()) below.emplace();
+    const NoGraph no_graph(dy);
     c10::SymInt start = 0;
     for (size_t i = 0; i < extents.size(); ++i) {
       const bool passed_over = extents[i] == -1;
       if (ctx->needs_input_grad(i)) {
-        result[i] = passed_over ? dy.new_empty({0}) : dy.narrow_symint(along, start, extents[i]);
+        result[i] = passed_over ? dy.new_empty({0}) : narrow(dy, along, start, extents[i]);
       }
       if (!passed_over) start += extents[i];
     }
     return result;
   }
 };
+
+}  // namespace
+}  // namespace cuda_cnn::autograd
+
+CUDA_CNN_NODE(cuda_cnn::autograd::Concat)
+
+namespace cuda_cnn::autograd {
+namespace {
 
 Tensor concat_autograd(at::TensorList tensors, int64_t dim) { return Concat::record("concat", tensors, dim); }
 

@@ -126,7 +126,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm(const at::Tensor& x, c
 // A result that is wanted has the shape and dtype of `like`; one that is not has no elements.
 at::Tensor wanted(bool want, const at::Tensor& like, const at::TensorOptions& options) {
   return want ? empty_result(like.sizes(), options)
-              : at::empty({0}, options.memory_format(at::MemoryFormat::Contiguous));
+              : empty_result({0}, options.memory_format(at::MemoryFormat::Contiguous));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batch_norm_backward(
