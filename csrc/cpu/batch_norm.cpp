@@ -39,11 +39,13 @@ CUDA_CNN_INLINE void mean_of_rows(const T* x, int64_t pitch, int64_t width, A* m
 
 template <int R, class T, class A = Accumulator<T>>
 CUDA_CNN_INLINE void add_rows(const T* x, int64_t pitch, int64_t width, Chunk<A>& chunk) {
+  const bool ahead = R > 1 && prefetches<T>(pitch);
   for_each_vector<A>(width, [&](int64_t i, int, int64_t lanes) {
     const Vec<A> pivot = load(chunk.pivot + i);
     Vec<A> deviation = load(chunk.deviation + i), squares = load(chunk.squares + i);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
+      if (ahead) __builtin_prefetch(x + (R + r) * pitch + i);
       const Vec<A> d = load_lanes(x + r * pitch + i, lanes) - pivot;
       deviation += d;
       squares = fma(d, d, squares);
@@ -69,7 +71,7 @@ void row_statistics(const T* x, int64_t pitch, int64_t width, int64_t begin, int
       chunk.pivot[i] = finite_or_zero(seen == 0 ? chunk.pivot[i] : static_cast<A>(mean[i]));
     }
     for (int64_t i = 0; i < kBlock; ++i) chunk.deviation[i] = chunk.squares[i] = 0;
-    for_rows<4>(reads_side_by_side<T>(pitch), row, last,
+    for_rows<4>(true, row, last,
                 [&](auto rows, int64_t r) { add_rows<rows.value>(x + r * pitch, pitch, width, chunk); });
     for (int64_t i = 0; i < width; ++i) {
       const double shift = chunk.deviation[i] * (1 / count);
@@ -159,7 +161,7 @@ void normalise(const BatchNormParams& p, const Coefficients<A>& per_channel, int
   };
   const int64_t channels = p.shape.channels, spatial = p.shape.spatial;
   if (p.shape.channels_last) {
-    for_rows<2>(writes_side_by_side<T>(channels), begin, end, [=](auto rows, int64_t row) {
+    for_rows<2>(writes_side_by_side<T>(p.shape), begin, end, [=](auto rows, int64_t row) {
       for_each_vector<A>(channels, [=](int64_t c, int, int64_t lanes) {
         const MapLanes<A> map = coefficients.map(c);
 #pragma GCC unroll 2

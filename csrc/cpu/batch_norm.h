@@ -182,16 +182,27 @@ CUDA_CNN_INLINE void for_rows(bool side_by_side, int64_t begin, int64_t end, con
   for (; side_by_side && row + kSide <= end; row += kSide) fn(Rows<kSide>{}, row);
   for (; row < end; ++row) fn(Rows<1>{}, row);
 }
-// Not side by side: rows that share a page of memory, yet lie far apart in it, where the prefetcher follows
-// one stream; nor, where they are written too, rows that fall into the same sets of the first cache.
+// Rows read side by side: whether the next ones are asked for meanwhile. Of long rows few lie in a page of
+// memory, where the prefetcher follows one stream; of longer ones each has pages of its own.
 template <class T>
-CUDA_CNN_INLINE bool reads_side_by_side(int64_t channels) {
-  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
-  return bytes < 1024 || bytes >= 4096;
+CUDA_CNN_INLINE bool prefetches(int64_t channels) {
+  const int64_t row = channels * static_cast<int64_t>(sizeof(T));
+  return row >= 512 && row < 4096;
+}
+// Of several tensors, rows are taken side by side as long as they do not fall into the same sets of the first
+// cache; of more than a few lines only where the caches hold them: from memory they come best as they lie.
+template <class T>
+CUDA_CNN_INLINE bool fits_side_by_side(const BatchNormShape& s, int64_t longest) {
+  const int64_t row = s.channels * static_cast<int64_t>(sizeof(T));
+  return row <= 256 || (row <= longest && s.per_channel() * row < kStreamedBytes);
 }
 template <class T>
-CUDA_CNN_INLINE bool writes_side_by_side(int64_t channels) {
-  return channels * static_cast<int64_t>(sizeof(T)) <= 512;
+CUDA_CNN_INLINE bool reads_side_by_side(const BatchNormShape& s) {
+  return fits_side_by_side<T>(s, 2047) || s.channels * static_cast<int64_t>(sizeof(T)) >= 4096;
+}
+template <class T>
+CUDA_CNN_INLINE bool writes_side_by_side(const BatchNormShape& s) {
+  return fits_side_by_side<T>(s, 512);
 }
 
 // contiguous: calls fn(first element, runs, length) for the chunks of a channel in a group; a chunk's runs

@@ -33,6 +33,10 @@ struct Pass {
     const Vec<A> z = kMask == Mask::kFromY ? load_lanes(y + i, lanes) : map(x_lanes);
     return z <= 0 ? Vec<A>{} : g;
   }
+  CUDA_CNN_INLINE void prefetch(int64_t i) const {
+    __builtin_prefetch(x + i);
+    __builtin_prefetch(dy + i);
+  }
   CUDA_CNN_INLINE void accumulate(int64_t i, int64_t lanes, const MapLanes<A>& map, Vec<A>& sum_g,
                                   Vec<A>& sum_gx) const {
     const Vec<A> x_lanes = load_lanes(x + i, lanes), g = masked(i, lanes, x_lanes, map);
@@ -56,6 +60,7 @@ template <class T, Mask kMask, class A = Accumulator<T>>
 void row_sums(const Pass<T, kMask>& given, int64_t channels, int64_t begin, int64_t end, int64_t first,
               int64_t width, bool side_by_side, double* sum_g, double* sum_gx) {
   const Pass<T, kMask> pass = given;
+  const bool ahead = prefetches<T>(channels);
   A g[kBlock], gx[kBlock];
   for (int64_t chunk = begin; chunk < end; chunk += kRows) {
     for (int64_t i = 0; i < ceil_div(width, kTile<A>) * kTile<A>; ++i) g[i] = gx[i] = 0;
@@ -65,7 +70,9 @@ void row_sums(const Pass<T, kMask>& given, int64_t channels, int64_t begin, int6
         Vec<A> row_g = load(g + i), row_gx = load(gx + i);
 #pragma GCC unroll 4
         for (int r = 0; r < rows.value; ++r) {
-          pass.accumulate((row + r) * channels + first + i, lanes, map, row_g, row_gx);
+          const int64_t at = (row + r) * channels + first + i;
+          if (rows.value > 1 && ahead) pass.prefetch(at + rows.value * channels);
+          pass.accumulate(at, lanes, map, row_g, row_gx);
         }
         store(g + i, row_g);
         store(gx + i, row_gx);
@@ -228,14 +235,14 @@ struct Backward {
     read_statistics(0, s.channels);
     if (needs_sums()) {
       for_each_part(s, cut, [&](int64_t group, int64_t first, int64_t width) {
-        sum_part(group, first, width, reads_side_by_side<T>(s.channels));
+        sum_part(group, first, width, reads_side_by_side<T>(s));
       });
     }
     finish_channels(0, s.channels);
     if (!p.dx) return;
     for_all(s, [&](int64_t begin, int64_t end) {
       if (s.channels_last) {
-        return rows_gradient(pass, s.channels, begin, end, 0, s.channels, writes_side_by_side<T>(s.channels));
+        return rows_gradient(pass, s.channels, begin, end, 0, s.channels, writes_side_by_side<T>(s));
       }
       planes_gradient(pass, s, begin, end, begin % s.channels);
     });
