@@ -186,9 +186,10 @@ void run_task(Task<T, E> t) {
   int64_t* pixels = t.linear ? nullptr : workspace<int64_t>(Workspace::kD, t.count);
   if (!t.linear) list_pixels(t, pixels);
   t.pixels = pixels;
-  // A whole panel of float goes straight to its place, and sums there; one of pairs is narrowed to it.
+  // A whole panel of float goes straight to its place, and sums there; one of pairs is narrowed to it,
+  // wherever its rows lie.
   const bool in_place = sizeof(T) == sizeof(Acc) && t.linear;
-  const bool narrows = kDepth == 2 && t.linear && !t.scatter.residual;
+  const bool narrows = kDepth == 2 && !t.scatter.residual;
   Acc* wide_bias = narrows && t.scatter.bias ? workspace<Acc>(Workspace::kC, t.columns) : nullptr;
   for (int64_t k = 0; wide_bias && k < t.columns; ++k) wide_bias[k] = widen(t.scatter.bias[t.channel + k]);
 
@@ -253,8 +254,9 @@ void run_task(Task<T, E> t) {
             }
             if constexpr (kDepth == 2) {
               if (narrows && columns >= kColumns && last && d + kChain >= depth) {
-                out.narrowed = t.scatter.out + (t.position + i) * t.scatter.pixel + channel;
+                out.narrowed = t.scatter.out + (t.linear ? (t.position + i) * t.scatter.pixel : 0) + channel;
                 out.narrowed_step = t.scatter.pixel;
+                if (!t.linear) out.places = pixels + i;
                 out.relu = t.scatter.relu;
                 if (wide_bias) out.bias = wide_bias + panel * kColumns;
               }

@@ -11,7 +11,7 @@ CUDA_CNN_INLINE void store_tile(const Vec<Accumulator<E>> (&sums)[kRows][kVector
                                 const TileOutput<Accumulator<E>>& out) {
   using Acc = Accumulator<E>;
   if constexpr (kDepthOf<E> == 2) {
-    if (out.narrowed) {
+    const auto narrow_rows = [&](const auto& place) __attribute__((always_inline)) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) {
         const Vec<Acc> bias = out.bias ? load(out.bias + j * kLanes<E>) : Vec<Acc>{};
@@ -19,12 +19,14 @@ CUDA_CNN_INLINE void store_tile(const Vec<Accumulator<E>> (&sums)[kRows][kVector
         for (int i = 0; i < kRows; ++i) {
           Vec<Acc> value = sums[i][j] + bias;
           if (out.accumulate) value += load(out.c + i * out.step + j * kLanes<E>);
-          store_result<E>(out.narrowed + i * out.narrowed_step + j * kLanes<E>,
+          store_result<E>(out.narrowed + place(i) * out.narrowed_step + j * kLanes<E>,
                           out.relu ? relu(value) : value);
         }
       }
-      return;
-    }
+    };
+    // Without a branch a row.
+    if (out.narrowed && out.places) return narrow_rows([&](int i) { return out.places[i]; });
+    if (out.narrowed) return narrow_rows([](int i) { return i; });
   }
   if (!out.bias && !out.row_bias && !out.residual && !out.relu) {  // most tiles: without a branch a vector
     const auto each = [&](const auto& value) __attribute__((always_inline)) {
@@ -67,6 +69,9 @@ struct OutputAhead {
         at_once(times >= kRows ? 1 : kRows / (times + 1) + 1) {
     if (kDepthOf<E> == 1 || !out.narrowed) return;
     row = reinterpret_cast<const char*>(out.narrowed), step = out.narrowed_step * sizeof(BFloat16);
+    if (!out.places) return;
+    row += out.places[0] * step;  // the others mostly as far apart as the second
+    if (kRows > 1) step *= out.places[1] - out.places[0];
   }
   CUDA_CNN_INLINE void next() {
     for (int i = 0; i < at_once && left > 0; ++i, --left, row += step) {

@@ -35,6 +35,7 @@ struct TileOutput {
   // Of pairs, without residual and row_bias: where the result goes, rounded, in the place of c; or null.
   BFloat16* narrowed = nullptr;
   int64_t narrowed_step = 0;
+  const int64_t* places = nullptr;  // of narrowed's rows, in steps; or null: 0, 1, …
 };
 
 template <class E>
