@@ -287,9 +287,14 @@ void pack_pairs(const BFloat16* even, const BFloat16* odd, int64_t count, Bf16Pa
 template <>
 void pack_panel(const BFloat16* rows, int64_t pitch, int64_t columns, int64_t depth, Bf16Pair* panel) {
   constexpr int64_t kColumns = kTileColumns<Bf16Pair>;
-  for (int64_t d = 0; d < depth; d += 2, rows += 2 * pitch, panel += kColumns) {
+  int64_t d = 0;
+  // Most panels are whole.
+  for (; columns >= kColumns && d + 1 < depth; d += 2, rows += 2 * pitch, panel += kColumns) {
     prefetch_to_l2(rows + kRowsAhead * pitch, kColumns);
     prefetch_to_l2(rows + (kRowsAhead + 1) * pitch, kColumns);
+    zip_rows(rows, rows + pitch, panel);
+  }
+  for (; d < depth; d += 2, rows += 2 * pitch, panel += kColumns) {
     pack_pairs(rows, d + 1 < depth ? rows + pitch : nullptr, min64(columns, kColumns), panel);
     for (int64_t c = ceil_div(columns, kLanes<float>) * kLanes<float>; c < kColumns; c += kLanes<float>) {
       store(panel + c, Words{});
