@@ -349,11 +349,12 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
     const int64_t blocks = ceil_div(share, block_tiles(p, p.keeps_u()));  // of a thread
     const int64_t all_blocks = ceil_div(p.tiles, block_tiles(p, false));
     // The busiest thread's work: 1 for a tile's V, and half of that for reading it for a vector of filters
-    // from beyond L2; 5 for its products with them; 36 for their U. In halves.
-    const int64_t by_tiles = 144 * p.panels() * (p.keeps_u() ? 1 : blocks) +
+    // from beyond L2; 5 for its products with them; 36 for their U, or 45 in pairs. In halves.
+    const int64_t u = kDepthOf<PairOf<T>> == 2 ? 180 : 144;  // a panel's
+    const int64_t by_tiles = u * p.panels() * (p.keeps_u() ? 1 : blocks) +
                              share * ((in_l2(p, p.keeps_u() ? 1 : share) ? 10 : 11) * vectors + 2);
     const int64_t by_filters =
-        ceil_div(p.panels(), threads) * (144 * all_blocks + (in_l2(p, p.tiles) ? 20 : 22) * p.tiles) +
+        ceil_div(p.panels(), threads) * (u * all_blocks + (in_l2(p, p.tiles) ? 20 : 22) * p.tiles) +
         2 * p.tiles;
     if (by_tiles < by_filters || p.panels() < num_threads()) {
       tiles_over_threads(p, ceil_div(p.tiles, blocks * threads));
