@@ -145,14 +145,6 @@ struct BatchNormBackward : Function<BatchNormBackward, &batch_norm_backward> {
   }
 };
 
-}  // namespace
-}  // namespace cuda_cnn::autograd
-
-CUDA_CNN_NODE(cuda_cnn::autograd::BatchNorm)
-
-namespace cuda_cnn::autograd {
-namespace {
-
 std::tuple<Tensor, Tensor, Tensor> batch_norm_autograd(const Tensor& x, const OptionalTensor& residual,
                                                        const OptionalTensor& weight,
                                                        const OptionalTensor& bias,

@@ -56,14 +56,6 @@ struct Concat : Function<Concat, &concat> {
   }
 };
 
-}  // namespace
-}  // namespace cuda_cnn::autograd
-
-CUDA_CNN_NODE(cuda_cnn::autograd::Concat)
-
-namespace cuda_cnn::autograd {
-namespace {
-
 Tensor concat_autograd(at::TensorList tensors, int64_t dim) { return Concat::record("concat", tensors, dim); }
 
 }  // namespace

@@ -150,19 +150,6 @@ class NoGraph {
   std::optional<at::AutoDispatchBelowADInplaceOrView> below_;
 };
 
-// At file scope, before F is used: its node without what torch's own apply() prepares for messages, which
-// takes longer than a view (a name, demangled in every backward pass).
-#define CUDA_CNN_NODE(F)                                                                            \
-  template <>                                                                                       \
-  inline torch::autograd::variable_list torch::autograd::CppNode<F>::apply(variable_list&& grads) { \
-    const std::lock_guard<std::mutex> lock(mutex_);                                                 \
-    variable_list given = F::gradients(&ctx_, grads), result;                                       \
-    for (size_t i = 0; i < given.size(); ++i) {                                                     \
-      if (is_variable_input_[i]) result.push_back(std::move(given[i]));                             \
-    }                                                                                               \
-    return result;                                                                                  \
-  }
-
 // A schema's int[2] lets a list of any length through.
 template <class T>
 std::array<T, 2> pair(const char* op, const char* name, c10::ArrayRef<T> values) {
