@@ -19,6 +19,8 @@ constexpr int64_t kLinesToL1 = 24;  // of the next rows of dy for a tile; more o
 constexpr int64_t kTasks = 8;
 constexpr int64_t kWorthATask = 200000;  // multiply-adds
 
+}  // namespace
+
 template <class T, class E>
 struct FewChannelsSums {
   static constexpr int64_t kColumns = kTileColumns<E>, kDepth = kDepthOf<E>;
@@ -99,8 +101,6 @@ struct FewChannelsSums {
     }
   }
 };
-
-}  // namespace
 
 template <class T>
 void weight_grad_few_channels(const Conv2dParams& p) {
