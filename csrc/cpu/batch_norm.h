@@ -19,6 +19,10 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
 constexpr int64_t kGroups = 64;
+// channels_last: every group has sums of its own for all channels, which another core may have to fetch. So
+// a group has many rows, but for the first few groups, which occupy the cores.
+constexpr int64_t kGroupRows = 512;
+constexpr int64_t kFewGroups = 8;
 constexpr int64_t kRows = 64;    // channels_last: rows of a chunk
 constexpr int64_t kBlock = 512;  // channels_last: channels of a block
 constexpr int64_t kRun = 4096;   // contiguous: elements of a chunk
@@ -146,9 +150,11 @@ struct Cut {
   explicit Cut(const BatchNormShape& s) {
     items = s.channels_last ? s.batch * s.spatial : s.batch;
     per_item = s.channels_last ? 1 : s.spatial;
-    const int64_t most = s.channels_last ? kGroups : min64(kGroups, ceil_div(kPlanesEnough, s.channels));
-    const int64_t unit = s.channels_last ? kRows : 1;
-    step = ceil_div(ceil_div(items, unit), most) * unit;
+    const int64_t most = s.channels_last ? max64(items / kGroupRows, min64(kFewGroups, items / kRows))
+                                         : ceil_div(kPlanesEnough, s.channels);
+    groups = 1;
+    while (2 * groups <= min64(kGroups, min64(items, most))) groups *= 2;
+    step = ceil_div(items, groups);
     groups = ceil_div(items, step);
   }
   int64_t begin(int64_t group) const { return group * step; }

@@ -251,13 +251,15 @@ struct Backward {
   // Channels apart, x and dy come once from memory, and the threads meet once. Not where too few channels are
   // left for each thread, nor where, in channels_last, the strips that a core's cache holds would be narrow,
   // or several threads would have one each: a core asks for lines behind its strip, which another one writes.
+  // (Of few rows the strips are wide, and rows would be too few for the threads.)
   void run() const {
     const int64_t unit = s.channels_last ? kCacheLine / static_cast<int64_t>(sizeof(T)) : 1;
     const int64_t units = ceil_div(s.channels, unit), elements = unit * s.per_channel();
     const int64_t cached = kCachedBytes / (3 * elements * static_cast<int64_t>(sizeof(T)));
     const bool several = s.per_channel() * s.channels > kElementsForThreads;
-    if (several && (s.channels_last || units < kUnits * num_threads())) return run_passes();
-    if (s.channels_last && cached < kUnits) return run_passes();
+    const bool wide = cut.groups < num_threads() && s.channels >= kBlock * num_threads();  // and few rows
+    if (several && ((s.channels_last && !wide) || units < kUnits * num_threads())) return run_passes();
+    if (s.channels_last && !wide && cached < kUnits) return run_passes();
     const int64_t block = min64(kBlock, max64(1, cached) * unit);
     parallel_for(units, max64(kUnits, kElementsForThreads / elements), [&](int64_t begin, int64_t end) {
       const int64_t last = min64(s.channels, end * unit);
