@@ -334,3 +334,23 @@ def test_second_derivative_keeps_dtypes(dtype):
     second = torch.autograd.grad(sum(g.float().square().sum() for g in first), inputs)
     for t, a, b in zip(inputs, first, second, strict=True):
         assert a.dtype == b.dtype == t.dtype and b.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2048, 7, 7), (4, 1000, 7, 7), (4, 72, 28, 28)], ids=str)
+def test_gradients_do_not_depend_on_the_threads(shape, dtype):
+    """Of few rows and many channels several threads have channels apart, one has all of them."""
+    x, dy = (lay_out(reals(*shape, dtype=dtype, seed=seed), "channels_last") for seed in (1, 2))
+    weight, bias = reals(shape[1], dtype=torch.float32, seed=3), reals(shape[1], dtype=torch.float32, seed=4)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = F.batch_norm(x, None, None, weight, bias, True, relu=True)
+            results.append([y, *torch.autograd.grad(y, inputs, dy)])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for ours, expected in zip(result, results[0], strict=True):
+            assert_bitwise(ours, expected)
