@@ -1,7 +1,7 @@
 """Switches of the CPU kernels, as attributes of this module.
 
-- `winograd` (bool, True): 3×3 to 5×5 convolutions of stride 1 and stems in float32, and 3×3 and 5×5 ones in
-  bfloat16 on AVX512-BF16, may use Winograd's minimal filtering, which is faster and rounds otherwise than a direct sum.
+- `winograd` (bool, True): 3×3 to 5×5 convolutions of stride 1 and stems, but of float64, may use Winograd's minimal
+  filtering, which is faster and rounds otherwise than a direct sum (in bfloat16 on AVX512-BF16: 3×3 and 5×5).
 - `conv2d_algorithm` (str, "auto"): forces one algorithm for every convolution that it can compute:
   "winograd", "depthwise", "gemm_nchw" (contiguous tensors), "few_pixels", "few_channels", "gemm" or "reference".
   For tests, benchmarks and readers who climb the ladder.

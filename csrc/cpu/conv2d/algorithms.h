@@ -51,7 +51,7 @@ void forward_winograd(const Conv2dParams& p);
 void input_grad_winograd(const Conv2dParams& p);
 void weight_grad_winograd(const Conv2dParams& p);
 
-// conv2d/winograd_blocks.cpp: as many blocks of taps, of a larger stride; float32, one group.
+// conv2d/winograd_blocks.cpp: as many blocks of taps, of a larger stride; one group.
 void forward_winograd_blocks(const Conv2dParams& p);
 void weight_grad_winograd_blocks(const Conv2dParams& p);
 

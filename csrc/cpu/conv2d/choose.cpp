@@ -67,19 +67,20 @@ bool in_pairs(const Conv2dParams& p) { return p.dtype == DType::kBFloat16 && mul
 
 bool strided(const Conv2dParams& p) { return p.stride_h * p.stride_w > 1; }
 
-// float32; or bfloat16 in pairs of channels, and then of 3x3 and 5x5.
+// Products of float32; or of bfloat16 in pairs of channels, and then of 3x3 and 5x5.
 bool winograd_type(Conv2dDirection direction, const Conv2dParams& p) {
-  if (p.dtype == DType::kFloat32) return p.R >= 3 && p.R <= 5;
-  if (!in_pairs(p) || (p.R != 3 && p.R != 5)) return false;
+  if (p.dtype == DType::kFloat64) return false;
+  if (!in_pairs(p)) return p.R >= 3 && p.R <= 5;
+  if (p.R != 3 && p.R != 5) return false;
   if (direction == Conv2dDirection::kWeightGrad) return true;  // pairs of tiles
   return (direction == Conv2dDirection::kForward ? p.C : p.K) / p.groups % 2 == 0;
 }
 
-// With a stride, in blocks: of float32 and one group, with no prologue, as padding is in the blocks.
+// With a stride, in blocks: one group, not in pairs, with no prologue, as padding is in the blocks.
 bool winograd_applies(Conv2dDirection direction, const Conv2dParams& p) {
   const Conv2dParams b = conv2d_in_blocks(p);
-  const bool in_blocks = direction != Conv2dDirection::kInputGrad && p.dtype == DType::kFloat32 &&
-                         p.groups == 1 && !p.in_scale && !p.in_relu;
+  const bool in_blocks =
+      direction != Conv2dDirection::kInputGrad && !in_pairs(p) && p.groups == 1 && !p.in_scale && !p.in_relu;
   return winograd_type(direction, b) && b.S == b.R && p.dilation_h == 1 && p.dilation_w == 1 &&
          !empty_sum(direction, p) && (!strided(p) || in_blocks);
 }
@@ -161,7 +162,7 @@ bool conv2d_packs_pairs(const Conv2dParams& p) {
 
 Conv2dPlanes conv2d_planes(Conv2dDirection direction, const Conv2dParams& p) {
   const Conv2dAlgorithm algorithm = conv2d_choose(direction, p);
-  if (algorithm == Conv2dAlgorithm::kWinograd && p.dtype == DType::kFloat32 && !strided(p)) {
+  if (algorithm == Conv2dAlgorithm::kWinograd && !in_pairs(p) && !strided(p)) {
     return Conv2dPlanes::kKeep;
   }
   const bool large = p.K * p.C / p.groups * p.R * p.S >= kPlanes;

@@ -29,17 +29,6 @@ struct OperandOf<Bf16Pair> {
   using Element = BFloat16;
   static constexpr int64_t kDepth = 2;
 };
-// The operand of bfloat16's products, where the processor has pairs; any other's.
-template <class T>
-struct PairOfType {
-  using Type = Accumulator<T>;
-};
-template <>
-struct PairOfType<BFloat16> {
-  using Type = Bf16Pair;
-};
-template <class T>
-using PairOf = typename PairOfType<T>::Type;
 template <class E>
 using Element = typename OperandOf<E>::Element;
 template <class E>
@@ -57,6 +46,11 @@ CUDA_CNN_INLINE Vec<E> broadcast_from(const E* p) {
 
 #if defined(CUDA_CNN_ISA_AVX512)
 #define CUDA_CNN_HAS_PAIRS 1
+
+template <class T>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<BFloat16> = true;
 
 template <>
 struct VecTypes<Bf16Pair> {
@@ -140,8 +134,8 @@ CUDA_CNN_INLINE void zip_rows(const BFloat16* even, const BFloat16* odd, Bf16Pai
 template <class T, class Body>
 void with_operand([[maybe_unused]] bool pairs, const Body& body) {
 #if defined(CUDA_CNN_HAS_PAIRS)
-  if constexpr (kDepthOf<PairOf<T>> == 2) {
-    if (pairs) return body(PairOf<T>{});
+  if constexpr (kIsBFloat16<T>) {
+    if (pairs) return body(Bf16Pair{});
   }
 #endif
   body(Accumulator<T>{});

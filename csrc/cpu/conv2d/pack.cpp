@@ -7,24 +7,29 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
 // A vector of channels, widened or as it is; and its first `count`, with zeros behind.
-template <class T>
-CUDA_CNN_INLINE void copy_vector(const T* from, Accumulator<T>* out) {
-  store(out, load(from));
+template <class T, class To>
+CUDA_CNN_INLINE void copy_vector(const T* from, To* out) {
+  if constexpr (sizeof(To) == 2) {
+    store_half_words(out, load_half_words(from));
+  } else {
+    store(out, load(from));
+  }
 }
-template <class T>
-CUDA_CNN_INLINE void copy_first(const T* from, int64_t count, Accumulator<T>* out) {
-  store(out, load_first(from, count));
+template <class T, class To>
+CUDA_CNN_INLINE void copy_first(const T* from, int64_t count, To* out) {
+  if constexpr (sizeof(To) == 2) {
+    for (int64_t c = 0; c < kLanes<To>; ++c) out[c] = c < count ? from[c] : To{};
+  } else {
+    store(out, load_first(from, count));
+  }
 }
-CUDA_CNN_INLINE void copy_vector(const BFloat16* from, BFloat16* out) {
-  store_half_words(out, load_half_words(from));
-}
-CUDA_CNN_INLINE void copy_first(const BFloat16* from, int64_t count, BFloat16* out) {
-  for (int64_t c = 0; c < kLanes<float>; ++c) out[c] = c < count ? from[c] : BFloat16{};
-}
-CUDA_CNN_INLINE void zero_vector(BFloat16* out) { store_half_words(out, HalfWords{}); }
-template <class Acc>
-CUDA_CNN_INLINE void zero_vector(Acc* out) {
-  store(out, Vec<Acc>{});
+template <class To>
+CUDA_CNN_INLINE void zero_vector(To* out) {
+  if constexpr (sizeof(To) == 2) {
+    store_half_words(out, HalfWords{});
+  } else {
+    store(out, Vec<To>{});
+  }
 }
 
 // Of the rows that are packed together, more than a hardware prefetcher follows, what is asked for ahead: to
@@ -236,8 +241,6 @@ void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64
 template <>
 void pack_panel_of_planes(const BFloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, Bf16Pair*) {}
 
-template void pack_positions(const Gather<BFloat16>&, int64_t, int64_t, int64_t, int64_t, BFloat16*, int64_t);
-
 // 32 of a row's depth are a vector of 16 pairs, so that a square of pairs is transposed as one of floats.
 template <>
 void pack_panel_transposed(const BFloat16* rows, int64_t pitch, int64_t columns, int64_t depth,
@@ -315,5 +318,7 @@ INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(BFloat16)
 INSTANTIATE(Half)
+template void pack_positions(const Gather<BFloat16>&, int64_t, int64_t, int64_t, int64_t, BFloat16*, int64_t);
+template void pack_positions(const Gather<Half>&, int64_t, int64_t, int64_t, int64_t, Half*, int64_t);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -60,9 +60,9 @@ void forward_few_channels(const Conv2dParams& unpacked) {
 
 void forward_winograd(const Conv2dParams& p) {
   if (p.stride_h * p.stride_w > 1) return forward_winograd_blocks(p);
-  with_winograd_type(p.dtype, [&](auto type) {
+  with_winograd_types(p.dtype, [&](auto type, auto operand) {
     using T = decltype(type);
-    auto filters = make_filters<T, PairOf<T>>(p);
+    auto filters = make_filters<T, decltype(operand)>(p);
     filters.planes = p.weight_planes;
     correlate_winograd(forward_gather<T>(p), forward_scatter<T>(p), filters, p.N, p.groups);
   });
@@ -90,9 +90,9 @@ void input_grad_gemm(const Conv2dParams& p) {
 void input_grad_winograd(const Conv2dParams& p) {
   const Conv2dPhase h = conv2d_phase(0, p.H, p.R, 1, p.pad_h, 1),
                     w = conv2d_phase(0, p.W, p.S, 1, p.pad_w, 1);
-  with_winograd_type(p.dtype, [&](auto type) {
+  with_winograd_types(p.dtype, [&](auto type, auto operand) {
     using T = decltype(type);
-    auto filters = make_filters<T, PairOf<T>>(p);
+    auto filters = make_filters<T, decltype(operand)>(p);
     filters.transposed = true, filters.h = h, filters.w = w, filters.planes = p.weight_planes;
     correlate_winograd(phase_gather<T>(p, h, w), phase_scatter<T>(p, h, w), filters, p.N, p.groups);
   });

@@ -44,11 +44,10 @@ CUDA_CNN_INLINE int64_t v_tile_step(int64_t channels) { return ceil_div(channels
 
 // kTaps x kTaps taps of a panel, its rows row_step apart and taps tap_step, of `channels`; of a piece's first
 // row or column, where it is not its own, 0. The points are u_step apart.
-template <class T, int kTaps>
-void transform_panel(const PairOf<T>* panel, int64_t row_step, int64_t tap_step, bool own_row,
-                     bool own_column, int64_t channels, int64_t u_step, PairOf<T>* u) {
-  using E = PairOf<T>;
-  constexpr int kIn = kWinogradIn<T>, kDepth = kDepthOf<E>;
+template <class E, int kTaps>
+void transform_panel(const E* panel, int64_t row_step, int64_t tap_step, bool own_row, bool own_column,
+                     int64_t channels, int64_t u_step, E* u) {
+  constexpr int kIn = kWinogradIn<E>, kDepth = kDepthOf<E>;
   for (int64_t c = 0; c < operands<E>(channels); ++c) {
     for (int tap = 0; tap < kTaps * kTaps; ++tap) {
       const E* ahead = panel + tap / kTaps * row_step + tap % kTaps * tap_step + (c + kTapsAhead) * kColumns;
@@ -100,26 +99,26 @@ void transform_filters(const Filters<T, E>& filters, int64_t group, int64_t colu
     }
     panel = packed;
   }
-  const int64_t pieces = winograd_pieces<T>(filters.R), step = u_step<E>(end - begin, pieces);
+  const int64_t pieces = winograd_pieces<E>(filters.R), step = u_step<E>(end - begin, pieces);
   const int64_t row_step = filters.R * tap_step;
-  auto transform = transform_panel<T, 3>;
-  if constexpr (kWinogradIn<T> == 6) {
-    if (filters.R == 4) transform = transform_panel<T, 4>;
-    if (filters.R == 5) transform = transform_panel<T, 5>;
+  auto transform = transform_panel<E, 3>;
+  if constexpr (kWinogradIn<E> == 6) {
+    if (filters.R == 4) transform = transform_panel<E, 4>;
+    if (filters.R == 5) transform = transform_panel<E, 5>;
   }
   for (int64_t a = 0; a < pieces; ++a) {
     for (int64_t b = 0; b < pieces; ++b) {
       transform(panel + 2 * a * row_step + 2 * b * tap_step, row_step, tap_step, a == 0, b == 0, end - begin,
-                step, u + a * kWinogradPoints<T> * step + b * operands<E>(end - begin) * kColumns);
+                step, u + a * kWinogradPoints<E> * step + b * operands<E>(end - begin) * kColumns);
     }
   }
 }
 
 // One vector of channels of one tile: m[point * point_step] to its outputs.
-template <class T, int kOut>
+template <class E, int kOut, class T>
 void transform_outputs(const Gather<T>& g, const Scatter<T>& to, const WinogradTile& tile, const float* m,
                        int64_t point_step, int64_t channel, int64_t left) {
-  constexpr int kIn = kWinogradIn<T>;
+  constexpr int kIn = kWinogradIn<E>;
   const bool whole = left >= kLane;
   const V bias = !to.bias ? V{} : whole ? load(to.bias + channel) : load_first(to.bias + channel, left);
   const int64_t pixel = (tile.n * to.H + tile.p) * to.W + tile.q;
@@ -139,7 +138,7 @@ void transform_outputs(const Gather<T>& g, const Scatter<T>& to, const WinogradT
         }
         if (to.relu) value = relu(value);
         if (whole) {
-          store_result<PairOf<T>>(out + at * to.pixel, value);
+          store_result<E>(out + at * to.pixel, value);
         } else {
           store_first(out + at * to.pixel, value, left);
         }
@@ -151,12 +150,11 @@ CUDA_CNN_INLINE int64_t m_step(int64_t tiles) { return tiles * kColumns + kPad; 
 
 // M of one panel, or what `channels` more add to it, of tiles [begin, end) whose V starts at v. Pieces side
 // by side are runs of a register tile's depth.
-template <class T>
-void multiply_panel(const WinogradGrid& grid, int64_t pieces, const PairOf<T>* u, const T* v,
+template <class E>
+void multiply_panel(const WinogradGrid<E>& grid, int64_t pieces, const E* u, const Element<E>* v,
                     int64_t v_point_step, int64_t v_tile_step, int64_t channels, int64_t columns,
                     int64_t begin, int64_t end, bool accumulate, float* m) {
-  using E = PairOf<T>;
-  constexpr int64_t kIn = kWinogradIn<T>, kPoints = kWinogradPoints<T>;
+  constexpr int64_t kIn = kWinogradIn<E>, kPoints = kWinogradPoints<E>;
   const int64_t depth = operands<E>(channels), tile = v_tile_step / kDepthOf<E>;
   const int64_t with_outputs = grid.outputs * grid.columns;
   for (int64_t point = 0; point < kPoints; ++point) {
@@ -168,7 +166,7 @@ void multiply_panel(const WinogradGrid& grid, int64_t pieces, const PairOf<T>* u
         count = min64(count, (at < with_outputs ? with_outputs : grid.tiles()) - at);
         if (at >= with_outputs) continue;
       }
-      const T* a = v + point * v_point_step + (t - begin) * v_tile_step;
+      const Element<E>* a = v + point * v_point_step + (t - begin) * v_tile_step;
       TileOutput<float> out{m + point * m_step(end - begin) + (t - begin) * kColumns, kColumns, nullptr,
                             accumulate, false};
       for (int64_t row = 0; row < rows; ++row, a += grid.columns * v_tile_step, out.accumulate = true) {
@@ -185,22 +183,22 @@ void multiply_panel(const WinogradGrid& grid, int64_t pieces, const PairOf<T>* u
 }
 
 // The outputs of tiles [begin, end) of one panel, whose M is m.
-template <class T>
+template <class E, class T>
 void store_outputs(const Gather<T>& g, const Scatter<T>& to, int64_t columns, int64_t channel, const float* m,
                    int64_t begin, int64_t end) {
-  auto transform = transform_outputs<T, winograd_out<T>(3)>;
-  if constexpr (kWinogradIn<T> == 6) {
-    if (g.R == 4) transform = transform_outputs<T, winograd_out<T>(4)>;
-    if (g.R == 5) transform = transform_outputs<T, winograd_out<T>(5)>;
+  auto transform = transform_outputs<E, winograd_out<E>(3), T>;
+  if constexpr (kWinogradIn<E> == 6) {
+    if (g.R == 4) transform = transform_outputs<E, winograd_out<E>(4), T>;
+    if (g.R == 5) transform = transform_outputs<E, winograd_out<E>(5), T>;
   }
   for (int64_t t = begin; t < end; ++t, m += kColumns) {
-    const WinogradTile tile = winograd_tile(g, t);
+    const WinogradTile tile = winograd_tile<E>(g, t);
     if (tile.p >= g.P || tile.q >= g.Q) continue;
     if (t + kTilesAhead < end) {
-      const WinogradTile ahead = winograd_tile(g, t + kTilesAhead);
+      const WinogradTile ahead = winograd_tile<E>(g, t + kTilesAhead);
       T* out = to.out + ((ahead.n * to.H + ahead.p) * to.W + ahead.q) * to.pixel + channel;
-      for (int64_t i = 0; i < min64(g.P - ahead.p, winograd_out<T>(g.R)); ++i, out += to.W * to.pixel) {
-        prefetch_output(out, to.pixel, min64(g.Q - ahead.q, winograd_out<T>(g.R)), min64(columns, kColumns));
+      for (int64_t i = 0; i < min64(g.P - ahead.p, winograd_out<E>(g.R)); ++i, out += to.W * to.pixel) {
+        prefetch_output(out, to.pixel, min64(g.Q - ahead.q, winograd_out<E>(g.R)), min64(columns, kColumns));
       }
     }
     for (int64_t j = 0; j < min64(columns, kColumns); j += kLane) {
@@ -211,60 +209,60 @@ void store_outputs(const Gather<T>& g, const Scatter<T>& to, int64_t columns, in
 
 // Channels whose products are summed at once. Of few tiles, M stays in L2 and U is made in steps that do,
 // too. The sums are in these steps whichever schedule: the bits must not depend on the number of threads.
-template <class T>
+template <class E>
 int64_t step_channels(int64_t channels, int64_t pieces, int64_t tiles) {
-  const int64_t bytes = pieces * kWinogradPoints<T> * u_step<PairOf<T>>(channels, pieces) * 4;
+  const int64_t bytes = pieces * kWinogradPoints<E> * u_step<E>(channels, pieces) * 4;
   const int64_t steps = tiles <= kTilesOfM ? ceil_div(bytes, kStepBytes) : 1;
   return ceil_div(ceil_div(channels, steps), kLane) * kLane;
 }
 
-template <class T>
+template <class T, class E>
 struct Problem {
-  using E = PairOf<T>;
   Gather<T> gather;  // of the group
   const Scatter<T>& scatter;
   const Filters<T, E>& filters;
   int64_t group, tiles;
-  const WinogradGrid grid = WinogradGrid(gather);
-  const int64_t pieces = winograd_pieces<T>(gather.R);
+  const WinogradGrid<E> grid = WinogradGrid<E>(gather);
+  const int64_t pieces = winograd_pieces<E>(gather.R);
 
   // From a tile to the last one that its last piece meets.
   int64_t halo() const { return (pieces - 1) * (grid.columns + 1); }
   int64_t columns() const { return filters.columns(); }
   int64_t panels() const { return ceil_div(columns(), kColumns); }
   bool alone() const { return panels() < num_threads() && tiles < kTilesAlone; }
-  int64_t step() const { return step_channels<T>(gather.channels, pieces, tiles); }
+  int64_t step() const { return step_channels<E>(gather.channels, pieces, tiles); }
   int64_t steps() const { return ceil_div(gather.channels, step()); }
   // V of a tile.
   int64_t tile_bytes() const {
-    return kWinogradPoints<T> * static_cast<int64_t>(sizeof(T)) * v_tile_step(gather.channels);
+    return kWinogradPoints<E> * static_cast<int64_t>(sizeof(Element<E>)) * v_tile_step(gather.channels);
   }
   // Whether a thread keeps all of U, or makes a panel's for each block of tiles.
   bool keeps_u() const { return panels() * steps() * u_size() * static_cast<int64_t>(sizeof(E)) <= kKeptU; }
   // U of one step of a panel.
-  int64_t u_size() const { return pieces * kWinogradPoints<T> * u_step<E>(step(), pieces); }
+  int64_t u_size() const { return pieces * kWinogradPoints<E> * u_step<E>(step(), pieces); }
   void transform(int64_t panel, int64_t i, E* u) const {
     transform_filters(filters, group, panel * kColumns, gather.channels, i * step(),
                       min64((i + 1) * step(), gather.channels), u);
   }
   // V of tiles [begin, end), as far as there are so many.
-  void transform_inputs(int64_t begin, int64_t end, T* v, int64_t v_step) const {
-    winograd_inputs(gather, begin, min64(end, tiles), v, v_step, v_tile_step(gather.channels));
+  void transform_inputs(int64_t begin, int64_t end, Element<E>* v, int64_t v_step) const {
+    winograd_inputs<E>(gather, begin, min64(end, tiles), v, v_step, v_tile_step(gather.channels));
   }
   // Of tiles [begin, end), whose V starts at v; u_of(i) is U of step i.
   template <class UOf>
-  void multiply(int64_t panel, const UOf& u_of, const T* v, int64_t v_step, int64_t begin,
+  void multiply(int64_t panel, const UOf& u_of, const Element<E>* v, int64_t v_step, int64_t begin,
                 int64_t end) const {
     const int64_t left = columns() - panel * kColumns, channels = gather.channels;
-    float* m = workspace<float>(Workspace::kB, kWinogradPoints<T> * m_step(end - begin));
+    float* m = workspace<float>(Workspace::kB, kWinogradPoints<E> * m_step(end - begin));
     for (int64_t i = 0, c = 0; c < channels; ++i, c += step()) {
       multiply_panel(grid, pieces, u_of(i), v + c, v_step, v_tile_step(channels), min64(step(), channels - c),
                      left, begin, end, i > 0, m);
     }
-    store_outputs(gather, scatter, left, group * columns() + panel * kColumns, m, begin, end);
+    store_outputs<E>(gather, scatter, left, group * columns() + panel * kColumns, m, begin, end);
   }
   // The same with a U that is made now, in u.
-  void make_and_multiply(int64_t panel, E* u, const T* v, int64_t v_step, int64_t begin, int64_t end) const {
+  void make_and_multiply(int64_t panel, E* u, const Element<E>* v, int64_t v_step, int64_t begin,
+                         int64_t end) const {
     const auto made = [&](int64_t i) { return transform(panel, i, u), u; };
     const auto kept = [&](int64_t) { return u; };
     if (tiles <= kTilesOfM) return multiply(panel, made, v, v_step, begin, end);
@@ -276,14 +274,13 @@ struct Problem {
   }
 };
 
-template <class T>
-void tiles_over_threads(const Problem<T>& p, int64_t block) {
-  using E = PairOf<T>;
+template <class T, class E>
+void tiles_over_threads(const Problem<T, E>& p, int64_t block) {
   const int64_t v_step = (block + p.halo()) * v_tile_step(p.gather.channels) + kPad;
   const int64_t steps = p.steps(), blocks = ceil_div(p.tiles, block);
   const bool keeps = p.keeps_u();
   parallel_for(blocks, p.alone() ? blocks : 1, [&](int64_t first, int64_t last) {
-    T* v = workspace<T>(Workspace::kA, kWinogradPoints<T> * v_step);
+    Element<E>* v = workspace<Element<E>>(Workspace::kA, kWinogradPoints<E> * v_step);
     E* u = workspace<E>(Workspace::kD, (keeps ? p.panels() * steps : 1) * p.u_size());
     for (int64_t i = 0; keeps && i < p.panels() * steps; ++i) {
       p.transform(i / steps, i % steps, u + i * p.u_size());
@@ -303,13 +300,12 @@ void tiles_over_threads(const Problem<T>& p, int64_t block) {
   });
 }
 
-template <class T>
-void filters_over_threads(const Problem<T>& p, int64_t block) {
-  using E = PairOf<T>;
+template <class T, class E>
+void filters_over_threads(const Problem<T, E>& p, int64_t block) {
   const int64_t v_step = (block + p.halo()) * v_tile_step(p.gather.channels) + kPad;
   parallel_for(p.panels(), 1, [&](int64_t first, int64_t last) {
     E* u = workspace<E>(Workspace::kD, p.u_size());
-    T* v = workspace<T>(Workspace::kA, kWinogradPoints<T> * v_step);
+    Element<E>* v = workspace<Element<E>>(Workspace::kA, kWinogradPoints<E> * v_step);
     for (int64_t begin = 0; begin < p.tiles; begin += block) {
       const int64_t end = min64(begin + block, p.tiles);
       p.transform_inputs(begin, end + p.halo(), v, v_step);
@@ -319,8 +315,8 @@ void filters_over_threads(const Problem<T>& p, int64_t block) {
 }
 
 // Whether V of `tiles` is half of an L2 of 1 MiB at the most.
-template <class T>
-bool in_l2(const Problem<T>& p, int64_t tiles) {
+template <class T, class E>
+bool in_l2(const Problem<T, E>& p, int64_t tiles) {
   return tiles * p.tile_bytes() <= 524288;
 }
 
@@ -328,21 +324,21 @@ bool in_l2(const Problem<T>& p, int64_t tiles) {
 // 1 MiB; U takes less time for more tiles, but register tiles of 14 rows need little of it. Where U is made
 // for each block anew, V is as large as is still near.
 constexpr bool kShortTiles = kTileRows < 14;
-template <class T>
-int64_t block_tiles(const Problem<T>& p, bool keeps_u) {
+template <class T, class E>
+int64_t block_tiles(const Problem<T, E>& p, bool keeps_u) {
   if (!keeps_u) return max64(kTileRows, kOwnV / p.tile_bytes());
   if (kShortTiles) return (p.gather.channels > 192 ? 8 : 4) * kTileRows;
-  const int64_t of_m = 262144 / (kWinogradPoints<T> * kColumns * static_cast<int64_t>(sizeof(float)));
+  const int64_t of_m = 262144 / (kWinogradPoints<E> * kColumns * static_cast<int64_t>(sizeof(float)));
   return max64(kTileRows, min64(524288 / p.tile_bytes(), of_m) / kTileRows * kTileRows);
 }
 
 }  // namespace
 
-template <class T>
-void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
-                        const Filters<T, PairOf<T>>& filters, int64_t N, int64_t groups) {
+template <class T, class E>
+void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter, const Filters<T, E>& filters,
+                        int64_t N, int64_t groups) {
   for (int64_t group = 0; group < groups; ++group) {
-    Problem<T> p{gather, scatter, filters, group, winograd_tiles(gather, N)};
+    Problem<T, E> p{gather, scatter, filters, group, winograd_tiles<E>(gather, N)};
     p.gather = p.gather.of_group(group);
     const int64_t threads = p.alone() ? 1 : num_threads(), vectors = ceil_div(p.columns(), kLane);
     const int64_t share = ceil_div(p.tiles, threads);
@@ -350,7 +346,7 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
     const int64_t all_blocks = ceil_div(p.tiles, block_tiles(p, false));
     // The busiest thread's work: 1 for a tile's V, and half of that for reading it for a vector of filters
     // from beyond L2; 5 for its products with them; 36 for their U, or 45 in pairs. In halves.
-    const int64_t u = kDepthOf<PairOf<T>> == 2 ? 180 : 144;  // a panel's
+    const int64_t u = kDepthOf<E> == 2 ? 180 : 144;  // a panel's
     const int64_t by_tiles = u * p.panels() * (p.keeps_u() ? 1 : blocks) +
                              share * ((in_l2(p, p.keeps_u() ? 1 : share) ? 10 : 11) * vectors + 2);
     const int64_t by_filters =
@@ -364,11 +360,14 @@ void correlate_winograd(const Gather<T>& gather, const Scatter<T>& scatter,
   }
 }
 
-template void correlate_winograd(const Gather<float>&, const Scatter<float>&, const Filters<float>&, int64_t,
-                                 int64_t);
+#define INSTANTIATE(T, E)                                                                              \
+  template void correlate_winograd(const Gather<T>&, const Scatter<T>&, const Filters<T, E>&, int64_t, \
+                                   int64_t);
+INSTANTIATE(float, float)
+INSTANTIATE(Half, float)
+INSTANTIATE(BFloat16, float)
 #if defined(CUDA_CNN_HAS_PAIRS)
-template void correlate_winograd(const Gather<BFloat16>&, const Scatter<BFloat16>&,
-                                 const Filters<BFloat16, Bf16Pair>&, int64_t, int64_t);
+INSTANTIATE(BFloat16, Bf16Pair)
 #endif
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

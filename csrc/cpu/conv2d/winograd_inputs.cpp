@@ -7,9 +7,9 @@ namespace {
 using winograd::V;
 constexpr int kLane = kLanes<float>;
 
-template <class T>
+template <class E, class T>
 struct InputTiles {
-  static constexpr int kIn = kWinogradIn<T>, kLine = 64 / sizeof(T);
+  static constexpr int kIn = kWinogradIn<E>, kLine = 64 / sizeof(T);
   const Gather<T>& g;
   int64_t point_step;
 
@@ -33,12 +33,12 @@ struct InputTiles {
   CUDA_CNN_INLINE void prefetch(const Square& tile, int64_t c) const {
     const T* row = tile.origin + c;
     for (int i = 0; i < kIn; ++i, row += g.W * g.pixel) {
-      for (int j = kIn - winograd_out<T>(3); j < kIn; ++j) __builtin_prefetch(row + j * g.pixel, 0, 2);
+      for (int j = kIn - winograd_out<E>(3); j < kIn; ++j) __builtin_prefetch(row + j * g.pixel, 0, 2);
     }
   }
 
   template <bool kMapped, bool kWhole>
-  void transform(const Square& tile, const Square& next, T* out) const {
+  void transform(const Square& tile, const Square& next, Element<E>* out) const {
     for (int64_t c = 0; c < g.channels; c += kLane) {
       if (c % kLine == 0) prefetch(next, c);
       const int64_t left = g.channels - c;
@@ -57,17 +57,17 @@ struct InputTiles {
             return kMapped ? map(x) : x;
           },
           [&](int i, int j, V value) __attribute__((always_inline)) {
-            store_result<PairOf<T>>(out + (i * kIn + j) * point_step + c, value);
+            store_result<E>(out + (i * kIn + j) * point_step + c, value);
           });
     }
   }
 
   template <bool kMapped>
-  void run(int64_t begin, int64_t end, T* out, int64_t tile_step) const {
-    Square next = square(winograd_tile(g, begin));
+  void run(int64_t begin, int64_t end, Element<E>* out, int64_t tile_step) const {
+    Square next = square(winograd_tile<E>(g, begin));
     for (int64_t t = begin; t < end; ++t, out += tile_step) {
       const Square tile = next;
-      next = square(winograd_tile(g, t + 1));
+      next = square(winograd_tile<E>(g, t + 1));
       if (tile.whole()) {
         transform<kMapped, true>(tile, next, out);
       } else {
@@ -79,10 +79,10 @@ struct InputTiles {
 
 }  // namespace
 
-template <class T>
-void winograd_inputs(const Gather<T>& g, int64_t begin, int64_t end, T* out, int64_t point_step,
+template <class E, class T>
+void winograd_inputs(const Gather<T>& g, int64_t begin, int64_t end, Element<E>* out, int64_t point_step,
                      int64_t tile_step) {
-  const InputTiles<T> tiles{g, point_step};
+  const InputTiles<E, T> tiles{g, point_step};
   if (g.scale || g.relu) {
     tiles.template run<true>(begin, end, out, tile_step);
   } else {
@@ -90,9 +90,13 @@ void winograd_inputs(const Gather<T>& g, int64_t begin, int64_t end, T* out, int
   }
 }
 
-template void winograd_inputs(const Gather<float>&, int64_t, int64_t, float*, int64_t, int64_t);
+#define INSTANTIATE(T, E) \
+  template void winograd_inputs<E>(const Gather<T>&, int64_t, int64_t, Element<E>*, int64_t, int64_t);
+INSTANTIATE(float, float)
+INSTANTIATE(Half, float)
+INSTANTIATE(BFloat16, float)
 #if defined(CUDA_CNN_HAS_PAIRS)
-template void winograd_inputs(const Gather<BFloat16>&, int64_t, int64_t, BFloat16*, int64_t, int64_t);
+INSTANTIATE(BFloat16, Bf16Pair)
 #endif
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -21,8 +21,8 @@ namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
 using winograd::V;
-constexpr int kLane = kLanes<float>, kPoints = kWinogradIn<BFloat16>;
-constexpr int kPiece = 3, kTile = winograd_out<BFloat16>(kPiece);
+constexpr int kLane = kLanes<float>, kPoints = kWinogradIn<Bf16Pair>;
+constexpr int kPiece = 3, kTile = winograd_out<Bf16Pair>(kPiece);
 constexpr int64_t kColumns = kTileColumns<float>;
 constexpr int64_t kPad = 16;
 constexpr int64_t kBlockBytes = 786432;  // V and M, of an L2 of 1 MiB
@@ -234,7 +234,7 @@ void weight_grad_winograd_rows(const Conv2dParams& p) {
   Rows w{gather, nullptr, p.y_pixel, outputs, ceil_div(outputs, kColumns)};
   // Pairs are of a row's halves; or of the batch's, where that leaves fewer places empty.
   const int64_t tiles = ceil_div(p.Q, kTile);
-  w.pieces = winograd_pieces<BFloat16>(p.S);
+  w.pieces = winograd_pieces<Bf16Pair>(p.S);
   const bool halves = (tiles % 2 || w.pieces > 1) && p.N % 2 == 0;
   w.odd_image = halves ? p.N / 2 : 0, w.odd_tile = halves ? 0 : ceil_div(tiles, 2);
   w.pairs = (halves ? tiles : w.odd_tile) + w.pieces - 1;

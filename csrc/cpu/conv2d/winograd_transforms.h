@@ -12,30 +12,31 @@
 // normalisation, which G holds.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/conv2d/operand.h"
 
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 
-// Inputs of a tile along one axis, which are as many as the points; of both axes; and outputs.
-template <class T>
+// Of products of operands E: inputs of a tile along one axis, which are as many as the points; of both axes;
+// and outputs.
+template <class E>
 inline constexpr int kWinogradIn = 6;
 template <>
-inline constexpr int kWinogradIn<BFloat16> = 4;
-template <class T>
-constexpr int kWinogradPoints = kWinogradIn<T> * kWinogradIn<T>;
+inline constexpr int kWinogradIn<Bf16Pair> = 4;
+template <class E>
+constexpr int kWinogradPoints = kWinogradIn<E> * kWinogradIn<E>;
 // Filters are in pieces of 3 taps, 2 apart, along each axis; a tap that two of them meet is the first one's,
 // and 0 in the other. In float32 they are whole.
-template <class T>
+template <class E>
 constexpr int64_t winograd_pieces(int64_t) {
   return 1;
 }
 template <>
-constexpr int64_t winograd_pieces<BFloat16>(int64_t taps) {
+constexpr int64_t winograd_pieces<Bf16Pair>(int64_t taps) {
   return taps / 2;
 }
-template <class T>
+template <class E>
 constexpr int winograd_out(int taps) {
-  return kWinogradIn<T> == 4 ? 2 : kWinogradIn<T> + 1 - taps;
+  return kWinogradIn<E> == 4 ? 2 : kWinogradIn<E> + 1 - taps;
 }
 
 namespace winograd {

@@ -20,11 +20,12 @@ constexpr int64_t kPoints = kWinogradPoints<float>;
 constexpr int64_t kAllSums = 2097152;  // of all chunks: 8 MiB
 
 // One group, or a part of its channels and panels.
+template <class T>
 struct Sums {
-  Gather<float> gather;
-  const float* dy;
-  float* dweight;  // [output][tap][channel], taps `channels` apart
-  int64_t channels, dy_pixel, outputs, panels, tiles, chunks, block;
+  Gather<T> gather;
+  const T* dy;
+  int64_t channels;  // of the group
+  int64_t dy_pixel, outputs, panels, tiles, chunks, block;
   int64_t v_tile, v_point;            // steps of V [point][tile][channel]
   int64_t m_panel, m_point;           // steps of M [point][panel][tile][kTileColumns]
   int64_t u_point, u_panel, u_chunk;  // steps of dU [chunk][panel][point][channel][kTileColumns]
@@ -44,7 +45,6 @@ struct Sums {
     if (s.gather.scale) s.gather.scale += channel, s.gather.shift += channel;
     s.gather.channels = channel_end - channel;
     s.dy += panel * kColumns;
-    s.dweight += panel * kColumns * gather.R * gather.S * channels + channel;
     s.outputs -= panel * kColumns;
     s.panels = panel_end - panel;
     s.lay_out();
@@ -53,16 +53,16 @@ struct Sums {
 };
 
 // The output gradients of tiles [begin, end) at the points, into M.
-template <int kOut>
-void transform_gradients(const Sums& w, int64_t begin, int64_t end, float* m) {
-  const Gather<float>& g = w.gather;
+template <int kOut, class T>
+void transform_gradients(const Sums<T>& w, int64_t begin, int64_t end, float* m) {
+  const Gather<T>& g = w.gather;
   const int64_t row = g.Q * w.dy_pixel;
   const auto first = [&](const WinogradTile& t) {
     return w.dy + ((t.n * g.P + t.p) * g.Q + t.q) * w.dy_pixel;
   };
   for (int64_t t = begin; t < end; ++t, m += kColumns) {
-    const WinogradTile tile = winograd_tile(g, t);
-    const float *dy = first(tile), *next = first(winograd_tile(g, t + 1));
+    const WinogradTile tile = winograd_tile<float>(g, t);
+    const T *dy = first(tile), *next = first(winograd_tile<float>(g, t + 1));
     const int64_t rows = g.P - tile.p, columns = g.Q - tile.q;
     for (int64_t k = 0; k < w.panels * kColumns; k += kLane) {
       if (k % kLine == 0) {
@@ -75,7 +75,7 @@ void transform_gradients(const Sums& w, int64_t begin, int64_t end, float* m) {
       winograd::transform_square<kIn, kOut>(
           winograd::output_transposed<kOut>,
           [&](int i, int j) __attribute__((always_inline)) {
-            const float* from = dy + i * row + j * w.dy_pixel + k;
+            const T* from = dy + i * row + j * w.dy_pixel + k;
             const bool inside = i < rows && j < columns && left > 0;
             return !inside ? V{} : left >= kLane ? load(from) : load_first(from, left);
           },
@@ -86,8 +86,8 @@ void transform_gradients(const Sums& w, int64_t begin, int64_t end, float* m) {
 }
 
 // The taps [tap][channel][kTileColumns] of one panel of dU.
-template <int kTaps>
-void transform_sums(const Sums& w, const float* u, float* taps) {
+template <int kTaps, class T>
+void transform_sums(const Sums<T>& w, const float* u, float* taps) {
   const int64_t channels = w.gather.channels;
   for (int64_t c = 0; c < channels; ++c) {
     for (int j = 0; j < kTileVectors; ++j) {
@@ -115,7 +115,8 @@ void transform_sums(const Sums& w, const float* u, float* taps) {
   }
 }
 
-void multiply_point(const Sums& w, int64_t point, int64_t panel, const float* v, const float* m,
+template <class T>
+void multiply_point(const Sums<T>& w, int64_t point, int64_t panel, const float* v, const float* m,
                     int64_t tiles, float* u, bool accumulate) {
   v += point * w.v_point;
   m += point * w.m_point + panel * w.m_panel;
@@ -128,19 +129,20 @@ void multiply_point(const Sums& w, int64_t point, int64_t panel, const float* v,
 }
 
 // V and M of tiles [begin, begin + count).
-template <int kTaps>
-void transform_block(const Sums& w, int64_t begin, int64_t count, float* v, float* m) {
-  winograd_inputs(w.gather, begin, begin + count, v, w.v_point, w.v_tile);
+template <int kTaps, class T>
+void transform_block(const Sums<T>& w, int64_t begin, int64_t count, float* v, float* m) {
+  winograd_inputs<float>(w.gather, begin, begin + count, v, w.v_point, w.v_tile);
   transform_gradients<winograd_out<float>(kTaps)>(w, begin, begin + count, m);
 }
 
-float* block_workspace(const Sums& w) {
+template <class T>
+float* block_workspace(const Sums<T>& w) {
   return workspace<float>(Workspace::kShared, kPoints * (w.v_point + w.m_point));
 }
 
 // The sums of tiles [begin, end).
-template <int kTaps>
-void chunk_sums(const Sums& w, int64_t begin, int64_t end, float* u) {
+template <int kTaps, class T>
+void chunk_sums(const Sums<T>& w, int64_t begin, int64_t end, float* u) {
   float *v = block_workspace(w), *m = v + kPoints * w.v_point;
   for (int64_t at = begin; at < end; at += w.block) {
     const int64_t tiles = min64(w.block, end - at);
@@ -152,32 +154,34 @@ void chunk_sums(const Sums& w, int64_t begin, int64_t end, float* u) {
 }
 
 // Chunks [first, last) of those.
-template <int kTaps>
-void chunks_sums(const Sums& w, int64_t first, int64_t last, float* u) {
+template <int kTaps, class T>
+void chunks_sums(const Sums<T>& w, int64_t first, int64_t last, float* u) {
   for (int64_t i = first; i < last; ++i) {
     chunk_sums<kTaps>(w, w.tiles * i / w.chunks, w.tiles * (i + 1) / w.chunks, u + i * w.u_chunk);
   }
 }
 
-// From a panel's sums to its place in dweight.
-template <int kTaps>
-void finish_panel(const Sums& w, int64_t panel, const float* u) {
+// From a panel's sums to its place in dweight [output][tap][channel], where w begins.
+template <int kTaps, class T, class To>
+void finish_panel(const Sums<T>& w, int64_t panel, const float* u, To* dweight) {
   const int64_t channels = w.gather.channels, filter = kTaps * kTaps * w.channels;
   float* taps = workspace<float>(Workspace::kC, kTaps * kTaps * channels * kColumns);
   transform_sums<kTaps>(w, u, taps);
-  float* to = w.dweight + panel * kColumns * filter;
+  To* to = dweight + panel * kColumns * filter;
   for (int tap = 0; tap < kTaps * kTaps; ++tap, taps += channels * kColumns, to += w.channels) {
     unpack_panel_transposed(taps, w.outputs - panel * kColumns, channels, to, filter);
   }
 }
 
 // All of a part, by one thread.
-template <int kTaps>
-void part_weight_grad(const Sums& w) {
+template <int kTaps, class T, class To>
+void part_weight_grad(const Sums<T>& w, To* dweight) {
   if (w.chunks > 1 || w.tiles > w.block) {
     float* u = workspace<float>(Workspace::kD, w.chunks * w.u_chunk);
     chunks_sums<kTaps>(w, 0, w.chunks, u);
-    for (int64_t panel = 0; panel < w.panels; ++panel) finish_panel<kTaps>(w, panel, u + panel * w.u_panel);
+    for (int64_t panel = 0; panel < w.panels; ++panel) {
+      finish_panel<kTaps>(w, panel, u + panel * w.u_panel, dweight);
+    }
     return;
   }
   // A panel's sums are done with at once, and stay in cache.
@@ -187,17 +191,19 @@ void part_weight_grad(const Sums& w) {
   for (int64_t panel = 0; panel < w.panels; ++panel) {
     for (int64_t point = 0; point < kPoints; ++point)
       multiply_point(w, point, panel, v, m, w.tiles, u, false);
-    finish_panel<kTaps>(w, panel, u);
+    finish_panel<kTaps>(w, panel, u, dweight);
   }
 }
 
-template <int kTaps>
-void group_weight_grad(const Sums& w) {
+template <int kTaps, class T, class To>
+void group_weight_grad(const Sums<T>& w, To* dweight) {
   if (w.chunks > 1 && w.chunks >= num_threads()) {
     float* u = workspace<float>(Workspace::kD, w.chunks * w.u_chunk);
     parallel_for(w.chunks, 1, [&](int64_t first, int64_t last) { chunks_sums<kTaps>(w, first, last, u); });
     parallel_for(w.panels, 1, [&](int64_t first, int64_t last) {
-      for (int64_t panel = first; panel < last; ++panel) finish_panel<kTaps>(w, panel, u + panel * w.u_panel);
+      for (int64_t panel = first; panel < last; ++panel) {
+        finish_panel<kTaps>(w, panel, u + panel * w.u_panel, dweight);
+      }
     });
     return;
   }
@@ -206,29 +212,26 @@ void group_weight_grad(const Sums& w) {
   parallel_for(parts * panel_parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t c = i % parts, k = i / parts;
-      part_weight_grad<kTaps>(w.part(vectors * c / parts * kLane,
-                                     min64(w.channels, vectors * (c + 1) / parts * kLane),
-                                     w.panels * k / panel_parts, w.panels * (k + 1) / panel_parts));
+      const int64_t channel = vectors * c / parts * kLane, panel = w.panels * k / panel_parts;
+      part_weight_grad<kTaps>(w.part(channel, min64(w.channels, vectors * (c + 1) / parts * kLane), panel,
+                                     w.panels * (k + 1) / panel_parts),
+                              dweight + panel * kColumns * kTaps * kTaps * w.channels + channel);
     }
   });
 }
 
 }  // namespace
 
-void weight_grad_winograd(const Conv2dParams& p) {
-  if (p.stride_h * p.stride_w > 1) return weight_grad_winograd_blocks(p);
-#if defined(CUDA_CNN_HAS_PAIRS)
-  if (p.dtype == DType::kBFloat16) return weight_grad_winograd_rows(p);
-#endif
+template <class T, class To>
+void weight_grad_winograd_sums(const Conv2dParams& p, To* dweight) {
   const int64_t channels = p.C / p.groups, outputs = p.K / p.groups;
-  Sums w{forward_gather<float>(p),
-         static_cast<const float*>(p.dy),
-         static_cast<float*>(p.dweight),
-         channels,
-         p.y_pixel,
-         outputs,
-         ceil_div(outputs, kColumns),
-         winograd_tiles(forward_gather<float>(p), p.N)};
+  Sums<T> w{forward_gather<T>(p),
+            static_cast<const T*>(p.dy),
+            channels,
+            p.y_pixel,
+            outputs,
+            ceil_div(outputs, kColumns),
+            winograd_tiles<float>(forward_gather<T>(p), p.N)};
   w.lay_out();
   // A chunk's sums, points * channels * columns, are to be an eighth of its V and M, points * tiles *
   // (channels + columns), as in the end some come from another core's cache; and those of all stay in one.
@@ -243,14 +246,30 @@ void weight_grad_winograd(const Conv2dParams& p) {
   w.block = ceil_div(tiles, ceil_div(tiles, fits));
   w.lay_out();
   for (int64_t group = 0; group < p.groups; ++group) {
-    Sums of_group = w;
+    Sums<T> of_group = w;
     of_group.gather = w.gather.of_group(group);
     of_group.dy += group * outputs;
-    of_group.dweight += group * outputs * p.R * p.S * channels;
-    p.R == 3   ? group_weight_grad<3>(of_group)
-    : p.R == 4 ? group_weight_grad<4>(of_group)
-               : group_weight_grad<5>(of_group);
+    To* const to = dweight + group * outputs * p.R * p.S * channels;
+    p.R == 3   ? group_weight_grad<3>(of_group, to)
+    : p.R == 4 ? group_weight_grad<4>(of_group, to)
+               : group_weight_grad<5>(of_group, to);
   }
 }
+
+void weight_grad_winograd(const Conv2dParams& p) {
+  if (p.stride_h * p.stride_w > 1) return weight_grad_winograd_blocks(p);
+  with_winograd_types(p.dtype, [&](auto type, [[maybe_unused]] auto operand) {
+    using T = decltype(type);
+#if defined(CUDA_CNN_HAS_PAIRS)
+    if constexpr (kDepthOf<decltype(operand)> == 2) return weight_grad_winograd_rows(p);
+#endif
+    weight_grad_winograd_sums<T>(p, static_cast<T*>(p.dweight));
+  });
+}
+
+// For winograd_blocks.cpp, whose calls add up.
+template void weight_grad_winograd_sums<float>(const Conv2dParams&, float*);
+template void weight_grad_winograd_sums<Half>(const Conv2dParams&, float*);
+template void weight_grad_winograd_sums<BFloat16>(const Conv2dParams&, float*);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

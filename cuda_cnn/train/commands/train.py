@@ -6,7 +6,6 @@ Several processes, each with its part of every batch: `torchrun --nproc-per-node
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -97,33 +96,36 @@ def _add_recipe_options(group) -> None:
 
 def main(args: argparse.Namespace) -> int:
     with joined(device(args.device)) as (workers, chosen):
-        trainer, out = (_start if args.resume is None else _resume)(args, chosen, workers)
-        first = workers.rank == 0
-        if first and not args.quiet:
-            _introduce(trainer)
-        log = TensorBoard(out / "tensorboard", trainer.epoch) if args.tensorboard and first else nullcontext()
-        began = time.perf_counter()
-        again = f"cuda-cnn train --resume {out}"
+        status = _train(args, workers, chosen)
         if workers.count > 1:
-            again = f"torchrun --nproc-per-node={workers.count} -m cuda_cnn train --resume {out}"
-        try:
-            with log as row:
-                result = trainer.fit(out, Progress(silent=args.quiet or not first), row, args.save_every)
-            workers.part(chosen)
-        except Interrupted as stop:
-            workers.part(chosen)
-            if first:
-                print(f"{stop}; saved. Continue with: {again}")
-            return 130
-        except WorkerLostError as error:
-            print(
-                f"{error}. The last checkpoint is whole. Continue with: {again}", file=sys.stderr, flush=True
-            )
-            sys.stdout.flush()
-            # At once: a thread of the broken exchange that frees a tensor while Python ends would abort.
-            os._exit(1)
+            workers.leave(status)
+    return status
+
+
+def _train(args: argparse.Namespace, workers: Workers, chosen) -> int:
+    trainer, out = (_start if args.resume is None else _resume)(args, chosen, workers)
+    first = workers.rank == 0
+    if first and not args.quiet:
+        _introduce(trainer)
+    log = TensorBoard(out / "tensorboard", trainer.epoch) if args.tensorboard and first else nullcontext()
+    began = time.perf_counter()
+    again = f"cuda-cnn train --resume {out}"
+    if workers.count > 1:
+        again = f"torchrun --nproc-per-node={workers.count} -m cuda_cnn train --resume {out}"
+    try:
+        with log as row:
+            result = trainer.fit(out, Progress(silent=args.quiet or not first), row, args.save_every)
+        workers.part(chosen)
+    except Interrupted as stop:
+        workers.part(chosen)
         if first:
-            _conclude(args, trainer, result, out, time.perf_counter() - began)
+            print(f"{stop}; saved. Continue with: {again}")
+        return 130
+    except WorkerLostError as error:
+        print(f"{error}. The last checkpoint is whole. Continue with: {again}", file=sys.stderr)
+        return 1
+    if first:
+        _conclude(args, trainer, result, out, time.perf_counter() - began)
     return 0
 
 
