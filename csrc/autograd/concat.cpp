@@ -28,29 +28,32 @@ Tensor narrow(const Tensor& dy, int64_t dim, const c10::SymInt& start, const c10
 struct Concat : Function<Concat, &concat> {
   static void save(AutogradContext* ctx, const Tensor& y, at::TensorList tensors, int64_t dim) {
     const int64_t along = at::maybe_wrap_dim(dim, y.dim());
-    // -1: a shape of (0,), which torch.cat passes over whatever the others are.
-    std::vector<c10::SymInt> extents;
+    // The dimension, and an extent for each: -1 of a shape of (0,), which torch.cat passes over whatever the
+    // others are. One entry, as each takes a tenth of a small call.
+    std::vector<at::IValue> cut;
+    cut.reserve(tensors.size() + 1);
+    cut.emplace_back(along);
     for (const Tensor& t : tensors) {
-      extents.push_back(t.dim() == 1 && t.sym_size(0) == 0 ? c10::SymInt(-1) : t.sym_size(along));
+      cut.emplace_back(t.dim() == 1 && t.sym_size(0) == 0 ? c10::SymInt(-1) : t.sym_size(along));
     }
-    ctx->saved_data["extents"] = std::move(extents);
-    ctx->saved_data["dim"] = std::vector<int64_t>{along};
+    ctx->saved_data["cut"] = c10::ivalue::Tuple::create(std::move(cut));
   }
 
   static variable_list gradients(AutogradContext* ctx, const variable_list& grads) {
     const Tensor& dy = grads[0];
-    const auto extents = ctx->saved_data["extents"].toSymIntVector();
-    const int64_t along = ctx->saved_data["dim"].toIntVector()[0];
-    variable_list result(extents.size());
+    const auto& cut = ctx->saved_data["cut"].toTupleRef().elements();
+    const int64_t along = cut[0].toInt();
+    variable_list result(cut.size() - 1);
     if (!dy.defined()) return result;
     const NoGraph no_graph(dy);
     c10::SymInt start = 0;
-    for (size_t i = 0; i < extents.size(); ++i) {
-      const bool passed_over = extents[i] == -1;
+    for (size_t i = 0; i < result.size(); ++i) {
+      const c10::SymInt extent = cut[i + 1].toSymInt();
+      const bool passed_over = extent == -1;
       if (ctx->needs_input_grad(i)) {
-        result[i] = passed_over ? dy.new_empty({0}) : narrow(dy, along, start, extents[i]);
+        result[i] = passed_over ? dy.new_empty({0}) : narrow(dy, along, start, extent);
       }
-      if (!passed_over) start += extents[i];
+      if (!passed_over) start += extent;
     }
     return result;
   }

@@ -48,7 +48,7 @@ bool any_requires_grad(const Arguments&... arguments) {
 }
 template <class... Arguments>
 bool any_has_tangent(const Arguments&... arguments) {
-  const auto test = [](const Tensor& t) { return torch::autograd::isFwGradDefined(t); };
+  const auto test = [](const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); };
   return (any_of(test, arguments) || ...);
 }
 
@@ -83,18 +83,23 @@ struct Function : torch::autograd::Function<F> {
   template <class... Arguments>
   static auto record(const char* op, const Arguments&... arguments) {
     TORCH_CHECK_NOT_IMPLEMENTED(!any_has_tangent(arguments...), op, ": there is no forward-mode derivative");
-    using Result = decltype(kOperator(arguments...));
     if (!any_requires_grad(arguments...)) {
       const at::AutoDispatchBelowADInplaceOrView below;
       return kOperator(arguments...);
     }
     HiddenTransforms hidden;
-    return from_list<Result>(F::apply(arguments..., &hidden));
+    using Result = decltype(kOperator(arguments...));
+    if constexpr (std::is_same_v<Result, Tensor>) {
+      return F::apply(arguments..., &hidden);
+    } else {
+      return from_list<Result>(F::apply(arguments..., &hidden),
+                               std::make_index_sequence<std::tuple_size_v<Result>>());
+    }
   }
 
   // Called by torch, from apply.
   template <class... Arguments>
-  static variable_list forward(AutogradContext* ctx, const Arguments&... arguments_and_hidden) {
+  static auto forward(AutogradContext* ctx, const Arguments&... arguments_and_hidden) {
     return forward_first(ctx, std::forward_as_tuple(arguments_and_hidden...),
                          std::make_index_sequence<sizeof...(Arguments) - 1>());
   }
@@ -108,31 +113,26 @@ struct Function : torch::autograd::Function<F> {
 
  private:
   template <class Arguments, size_t... kIndex>
-  static variable_list forward_first(AutogradContext* ctx, const Arguments& arguments,
-                                     std::index_sequence<kIndex...>) {
+  static auto forward_first(AutogradContext* ctx, const Arguments& arguments,
+                            std::index_sequence<kIndex...>) {
     std::get<sizeof...(kIndex)>(arguments)->show();
     const at::AutoGradMode as_it_was(true);  // apply() turns it off, also for the transforms around this one
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto result = kOperator(std::get<kIndex>(arguments)...);
+    auto result = kOperator(std::get<kIndex>(arguments)...);
     ctx->set_materialize_grads(false);
     F::save(ctx, result, std::get<kIndex>(arguments)...);
-    return to_list(result);
+    if constexpr (std::is_same_v<decltype(result), Tensor>) {
+      return result;
+    } else {
+      return to_list(result);
+    }
   }
 
-  static variable_list to_list(const Tensor& result) { return {result}; }
   template <class... Tensors>
   static variable_list to_list(const std::tuple<Tensors...>& results) {
     return std::apply([](const auto&... result) { return variable_list{result...}; }, results);
   }
 
-  template <class Result>
-  static Result from_list(variable_list&& results) {
-    if constexpr (std::is_same_v<Result, Tensor>) {
-      return std::move(results[0]);
-    } else {
-      return from_list<Result>(std::move(results), std::make_index_sequence<std::tuple_size_v<Result>>());
-    }
-  }
   template <class Result, size_t... kIndex>
   static Result from_list(variable_list&& results, std::index_sequence<kIndex...>) {
     return {std::move(results[kIndex])...};

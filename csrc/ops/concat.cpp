@@ -112,7 +112,6 @@ void check_sizes(const at::Tensor& tensor, const at::Tensor& first, int64_t dim,
 at::Tensor concat(at::TensorList tensors, int64_t dim) {
   TORCH_CHECK_VALUE(!tensors.empty(), kOp, ": expected a non-empty list of Tensors");
   const at::Tensor* first = nullptr;
-  c10::SmallVector<at::Tensor, kFew> used;
   at::DimVector shape = {0};
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = tensors[i];
@@ -130,14 +129,13 @@ at::Tensor concat(at::TensorList tensors, int64_t dim) {
     }
     check_sizes(tensor, *first, dim, i);
     shape[dim] += tensor.size(dim);
-    used.push_back(tensor);
   }
   const at::MemoryFormat format = common_format(tensors);
   at::Tensor output = empty_result(shape, tensors[0].options().memory_format(format));
   if (output.numel() == 0) return output;
   const at::DimVector order = memory_order(output.dim(), format);
   const int64_t split = std::find(order.begin(), order.end(), dim) - order.begin();
-  copy_rows(used, output, order, split, format);
+  copy_rows(tensors, output, order, split, format);
   return output;
 }
 

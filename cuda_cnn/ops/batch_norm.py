@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cuda_cnn._C import eager
@@ -57,7 +58,7 @@ def batch_norm(
 
     Ioffe, Szegedy: Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift, 2015.
     """
-    if not torch.compiler.is_compiling():
+    if not is_dynamo_compiling():
         y = eager.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual, relu
         )

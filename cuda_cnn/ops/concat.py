@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cuda_cnn._C import eager
@@ -38,7 +39,7 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, *, out: Tensor | None = None
 
     Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks, 2018, §3.
     """
-    if not torch.compiler.is_compiling() and out is None:
+    if out is None and not is_dynamo_compiling():
         y = eager.concat(tensors, dim)
         if y is not NotImplemented:
             return y

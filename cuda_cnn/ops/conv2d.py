@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as torch_functional
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
@@ -56,7 +57,7 @@ def conv2d(
     3×3 and 5×5 layers of stride 1 may use Winograd's minimal filtering (Lavin, Gray: Fast Algorithms for
     Convolutional Neural Networks, 2016, §4), which rounds otherwise: see `cuda_cnn.backends`.
     """
-    if not torch.compiler.is_compiling():
+    if not is_dynamo_compiling():
         y = eager.conv2d(input, weight, bias, stride, padding, dilation, groups)
         if y is not NotImplemented:
             return y

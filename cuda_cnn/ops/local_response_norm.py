@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from cuda_cnn._C import eager
@@ -37,7 +38,7 @@ def local_response_norm(
 
     Krizhevsky, Sutskever, Hinton: ImageNet Classification with Deep Convolutional Neural Networks, 2012, §3.3.
     """
-    if not torch.compiler.is_compiling():
+    if not is_dynamo_compiling():
         y = eager.local_response_norm(input, size, alpha, beta, k)
         if y is not NotImplemented:
             return y

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from cuda_cnn._C import eager
@@ -73,7 +74,7 @@ def max_pool2d(
     Krizhevsky, Sutskever, Hinton: ImageNet Classification with Deep Convolutional Neural Networks,
     2012, §3.4.
     """
-    if not torch.compiler.is_compiling() and return_indices is False:
+    if not is_dynamo_compiling() and return_indices is False:
         y = eager.max_pool2d(
             input, kernel_size, kernel_size if stride is None else stride, padding, dilation, ceil_mode
         )

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cuda_cnn._C import eager
@@ -48,7 +49,7 @@ def subsample(
 
     LeCun, Bottou, Bengio, Haffner: Gradient-Based Learning Applied to Document Recognition, 1998, §II.B.
     """
-    if not torch.compiler.is_compiling():
+    if not is_dynamo_compiling():
         y = eager.subsample(input, coefficient, bias, kernel_size, squash)
         if y is not NotImplemented:
             return y
