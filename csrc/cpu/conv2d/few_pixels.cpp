@@ -15,8 +15,11 @@ constexpr int kPixelsAtOnce = 4;
 // 12 sums, 3 of w and one of x in 16 registers; in 32 twice as many filters: x, from L2, is read half as
 // often.
 constexpr int kFiltersAtOnce = kLanes<float> == 16 ? 6 : 3;
-constexpr int kRowsAtOnce = 8;           // of w, in registers; then a sum and a broadcast
-constexpr int64_t kBlockColumns = 1024;  // of dx: long enough for the prefetchers
+constexpr int kRowsAtOnce = 8;        // of w, in registers; then a sum and a broadcast
+constexpr int64_t kBlockSums = 4096;  // of dx: half of L1
+constexpr int64_t kLongBlock = 1024;
+constexpr int64_t kSumsStep = kLongBlock + 16;  // keeps the pixels off one another's cache sets
+constexpr int64_t kLargeWeight = 1572864;       // bytes
 constexpr int64_t kChain = 128;
 constexpr int64_t kMultiplyAddsAThread = 100000;
 
@@ -62,7 +65,7 @@ void add_rows(const T* w, int64_t depth, const Accumulator<T>* g, int64_t g_step
     Vec<Acc> rows[kRows];
     for (int j = 0; j < kRows; ++j) rows[j] = load_up_to(w + j * depth + c, columns - c);
     for (int i = 0; i < kPixels; ++i) {
-      Acc* to = part + i * kBlockColumns + c;
+      Acc* to = part + i * kSumsStep + c;
       Vec<Acc> total = load(to);
       for (int j = 0; j < kRows; ++j) total = fma(broadcast(g[i * g_step + j]), rows[j], total);
       store(to, total);
@@ -127,28 +130,33 @@ void forward_filters(const Conv2dParams& p, int64_t begin, int64_t end) {
 template <class T>
 void gradient_columns(const Conv2dParams& p, const Accumulator<T>* g, int64_t first, int64_t columns) {
   using Acc = Accumulator<T>;
-  const int64_t pixels = p.N * p.P * p.Q, size = pixels * kBlockColumns;
+  const int64_t pixels = p.N * p.P * p.Q, size = pixels * kSumsStep;
   Acc *part = workspace<Acc>(Workspace::kA, 2 * size), *total = part + size;
-  for (int64_t i = 0; i < size; ++i) total[i] = 0;
+  const auto for_vectors = [&](const auto& fn) {
+    for (int64_t i = 0; i < size; i += kSumsStep) {
+      for (int64_t c = 0; c < columns; c += kLanes<Acc>) fn(i + c);
+    }
+  };
+  for_vectors([&](int64_t i) { store(total + i, Vec<Acc>{}); });
   for (int64_t begin = 0; begin < p.K; begin += kChain) {
     const int64_t end = min64(p.K, begin + kChain);
-    for (int64_t i = 0; i < size; ++i) part[i] = 0;
+    for_vectors([&](int64_t i) { store(part + i, Vec<Acc>{}); });
     for (int64_t k = begin; k < end;) {
       const bool several = end - k >= kRowsAtOnce;
       const T* rows = static_cast<const T*>(p.weight) + k * p.C + first;
       for (int64_t m = 0; m < pixels; m += kPixelsAtOnce) {
         with_pixels(min64(kPixelsAtOnce, pixels - m), [&](auto n) {
           const auto add = several ? &add_rows<T, n.value, kRowsAtOnce> : &add_rows<T, n.value, 1>;
-          add(rows, p.C, g + m * p.K + k, p.K, columns, part + m * kBlockColumns);
+          add(rows, p.C, g + m * p.K + k, p.K, columns, part + m * kSumsStep);
         });
       }
       k += several ? kRowsAtOnce : 1;
     }
-    for (int64_t i = 0; i < size; i += kLanes<Acc>) store(total + i, load(total + i) + load(part + i));
+    for_vectors([&](int64_t i) { store(total + i, load(total + i) + load(part + i)); });
   }
   for (int64_t m = 0; m < pixels; ++m) {
     T* to = static_cast<T*>(p.dx) + m * p.x_pixel + first;
-    for (int64_t c = 0; c < columns; ++c) to[c] = narrow<T>(total[m * kBlockColumns + c]);
+    for (int64_t c = 0; c < columns; ++c) to[c] = narrow<T>(total[m * kSumsStep + c]);
   }
 }
 
@@ -168,11 +176,15 @@ void input_grad_few_pixels(const Conv2dParams& p) {
   for (int64_t m = 0; m < pixels; ++m) {
     for (int64_t k = 0; k < p.K; ++k) g[m * p.K + k] = widen(static_cast<const T*>(p.dy)[m * p.y_pixel + k]);
   }
-  const int64_t grain = ceil_div(kMultiplyAddsAThread, pixels * p.K * kBlockColumns);
-  parallel_for(ceil_div(p.C, kBlockColumns), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * kBlockColumns; first < min64(p.C, end * kBlockColumns);
-         first += kBlockColumns) {
-      gradient_columns<T>(p, g, first, min64(kBlockColumns, p.C - first));
+  // Long rows of a weight from memory, for the prefetchers; of one in L2 the sums stay in L1.
+  const bool large = p.K * p.C * static_cast<int64_t>(sizeof(T)) > kLargeWeight;
+  const int64_t most = large ? kLongBlock : min64(kLongBlock, kBlockSums / pixels);
+  const int64_t blocks = ceil_div(ceil_div(p.C, most), num_threads()) * num_threads();
+  const int64_t block = ceil_div(p.C, blocks * kLanes<T>) * kLanes<T>;
+  const int64_t grain = ceil_div(kMultiplyAddsAThread, pixels * p.K * block);
+  parallel_for(ceil_div(p.C, block), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * block; first < min64(p.C, end * block); first += block) {
+      gradient_columns<T>(p, g, first, min64(block, p.C - first));
     }
   });
 }
