@@ -11,6 +11,8 @@ constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd,    Conv2dAlgor
                                       Conv2dAlgorithm::kReference};
 // Products a result at which packing (taps, channels) of NCHW from a cache still beats making NHWC of it.
 constexpr int64_t kNchwDepth = 512;
+// Taps for which a pixel is packed there, with which it does so whatever the depth: 3x3 of stride 2.
+constexpr int64_t kNchwTaps = 3;
 constexpr int64_t kNchwPixels = 128;
 // Products a result from which on Winograd's algorithm in blocks pays for a transposed y or dy.
 constexpr int64_t kNchwSum = 256;
@@ -116,12 +118,13 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
   // A single group, of a few channels, is a small matrix product.
   if (algorithm == Conv2dAlgorithm::kDepthwise) return p.groups > 1 || p.C == 1;
   // NCHW where it lies: of one tap a product's operand already, of few channels (a stem) packed from cache.
-  // With more, each pixel would be packed for every tap, and NHWC's whole pixels are worth two conversions.
+  // Else each pixel would be packed for many taps, and NHWC's whole pixels are worth two conversions.
   if (algorithm == Conv2dAlgorithm::kGemmNchw) {
     // The input gradient's weights are copied there in short runs: few pixels do not pay that back.
     if (direction == Conv2dDirection::kInputGrad && p.N * p.P * p.Q < kNchwPixels) return false;
     if (in_pairs(p)) return false;  // pairs are of neighbours in NHWC
-    return p.P * p.Q > 1 && (p.R * p.S == 1 || p.R * p.S * p.C / p.groups <= kNchwDepth);
+    return p.P * p.Q > 1 && (p.R * p.S <= kNchwTaps * p.stride_h * p.stride_w ||
+                             p.R * p.S * p.C / p.groups <= kNchwDepth);
   }
   if (algorithm == Conv2dAlgorithm::kFewPixels) return p.N * p.P * p.Q <= kFewPixels && !p.packed;
   // Forward: one tap a row is a plain matrix product.
