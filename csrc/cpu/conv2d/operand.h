@@ -48,9 +48,9 @@ CUDA_CNN_INLINE Vec<E> broadcast_from(const E* p) {
 #define CUDA_CNN_HAS_PAIRS 1
 
 template <class T>
-constexpr bool kIsBFloat16 = false;
+inline constexpr bool kIsBFloat16 = false;
 template <>
-constexpr bool kIsBFloat16<BFloat16> = true;
+inline constexpr bool kIsBFloat16<BFloat16> = true;
 
 template <>
 struct VecTypes<Bf16Pair> {
