@@ -11,8 +11,10 @@ constexpr Conv2dAlgorithm kOrder[] = {Conv2dAlgorithm::kWinograd,    Conv2dAlgor
                                       Conv2dAlgorithm::kReference};
 // Products a result at which packing (taps, channels) of NCHW from a cache still beats making NHWC of it.
 constexpr int64_t kNchwDepth = 512;
-// Taps for which a pixel is packed there, with which it does so whatever the depth: 3x3 of stride 2.
+// Taps for which a pixel is packed there, with which it does so whatever the depth: 3x3 of stride 2. (Forward
+// packs runs of a row, which then are to be long, or few.)
 constexpr int64_t kNchwTaps = 3;
+constexpr int64_t kNchwRow = 28;
 constexpr int64_t kNchwPixels = 128;
 // Products a result from which on Winograd's algorithm in blocks pays for a transposed y or dy.
 constexpr int64_t kNchwSum = 256;
@@ -123,8 +125,11 @@ bool worthwhile(Conv2dAlgorithm algorithm, Conv2dDirection direction, const Conv
     // The input gradient's weights are copied there in short runs: few pixels do not pay that back.
     if (direction == Conv2dDirection::kInputGrad && p.N * p.P * p.Q < kNchwPixels) return false;
     if (in_pairs(p)) return false;  // pairs are of neighbours in NHWC
-    return p.P * p.Q > 1 && (p.R * p.S <= kNchwTaps * p.stride_h * p.stride_w ||
-                             p.R * p.S * p.C / p.groups <= kNchwDepth);
+    if (p.P * p.Q == 1) return false;
+    if (p.R * p.S == 1 || p.R * p.S * p.C / p.groups <= kNchwDepth) return true;
+    const bool short_runs = direction == Conv2dDirection::kForward && p.Q < kNchwRow;
+    return p.R * p.S <= kNchwTaps * p.stride_h * p.stride_w &&
+           (!short_runs || p.N * p.P * p.Q <= kNchwPixels);
   }
   if (algorithm == Conv2dAlgorithm::kFewPixels) return p.N * p.P * p.Q <= kFewPixels && !p.packed;
   // Forward: one tap a row is a plain matrix product.

@@ -32,19 +32,19 @@ Lines<T> make_lines(const Gather<T>& g) {
 }
 
 // The stride is a constant so that the compiler sees which lanes go where.
-template <int kStride, class Acc>
+template <int kStride, int kPhases, class Acc>
 CUDA_CNN_INLINE void split_by(const Acc* row, int64_t count, Acc* out, int64_t phase) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 4
-    for (int f = 0; f < kStride; ++f) out[f * phase + i] = row[i * kStride + f];
+    for (int f = 0; f < kPhases; ++f) out[f * phase + i] = row[i * kStride + f];
   }
 }
 
 template <class Acc>
 void split_phases(const Acc* row, int64_t count, int64_t stride, Acc* out, int64_t phase) {
-  if (stride == 2) return split_by<2>(row, count, out, phase);
-  if (stride == 4) return split_by<4>(row, count, out, phase);
+  if (stride == 2) return split_by<2, 2>(row, count, out, phase);
+  if (stride == 4) return split_by<4, 4>(row, count, out, phase);
   for (int64_t f = 0; f < stride; ++f) {
     for (int64_t i = 0; i < count; ++i) out[f * phase + i] = row[i * stride + f];
   }
@@ -64,6 +64,12 @@ void make_line(const Lines<T>& lines, const T* plane, int64_t h, Accumulator<T>*
   const int64_t right = max64(left, min64(g.W - g.base_w, lines.elements));
   const T* from = plane + h * g.W + g.base_w;
   prefetch_run(from + left + kPlanesAhead * g.H * g.W, right - left);
+  // One tap of a stride: every other element, from where they lie.
+  if constexpr (sizeof(T) == sizeof(Acc)) {
+    if (g.S == 1 && g.stride_w == 2 && right - left == lines.elements) {
+      return split_by<2, 1>(from, g.Q, out, lines.phase);
+    }
+  }
   int64_t i = 0;
   for (; i < left; ++i) padded[i] = 0;
   for (; i + kLanes<T> <= right; i += kLanes<T>) store(padded + i, load(from + i));
