@@ -64,7 +64,7 @@ struct Conv2dParams {
   void* mean;  // K: of y over its pixels, and the biased variance; or null
   void* variance;
 
-  // CPU, Winograd's algorithm: weight is (K, C/groups, R, S) contiguous, the rest as ever.
+  // CPU, Winograd's algorithm: weight, or dweight, is (K, C/groups, R, S) contiguous, the rest as ever.
   bool weight_planes;
   // CPU: x, dy, y and dx are NCHW, weight and dweight (K, C/groups, R, S), all contiguous. Of the algorithms
   // only kGemmNchw computes so: a caller asks conv2d_choose, and else makes NHWC of them and clears this.
@@ -164,9 +164,9 @@ const char* conv2d_algorithm_name(Conv2dAlgorithm algorithm);
 // Whether conv2d_pack packs the weight, of C, R, S and groups, in pairs of bfloat16 (AVX512-BF16): a panel is
 // [R*S*C/groups / 2, rounded up][columns][2].
 bool conv2d_packs_pairs(const Conv2dParams& params);
-// What forward or the input gradient, on NHWC, is to do with a weight of [K][C/groups][R][S]: make NHWC of
-// it; pack it (conv2d_pack, with nchw), as forward's kernel would do from NHWC; or give it to a kernel that
-// packs it as it is.
+// What a pass on NHWC is to do with a weight, or its gradient, of [K][C/groups][R][S]: make it of NHWC, or
+// NHWC of it; pack it (conv2d_pack, with nchw), as forward's kernel would do from NHWC; or give it to a
+// kernel that packs or writes it as it is.
 enum class Conv2dPlanes { kConvert, kPack, kKeep };
 Conv2dPlanes conv2d_planes(Conv2dDirection direction, const Conv2dParams& params);
 // Depends on the instruction set.

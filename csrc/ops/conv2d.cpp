@@ -217,8 +217,12 @@ at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, at::IntArr
   p.in_scale = map.scale.defined() ? data(map.scale) : nullptr;
   p.in_shift = map.shift.defined() ? data(map.shift) : nullptr;
   const bool nchw = stays_nchw(Conv2dDirection::kWeightGrad, p, channels_last, {x});
-  at::Tensor dweight =
-      nchw ? empty_result(weight, contiguous(dy)) : empty_nhwc(weight, dy.options(), channels_last);
+#if !defined(CUDA_CNN_EMULATED)
+  p.weight_planes = !nchw && !channels_last && dy.is_cpu() &&
+                    cpu::conv2d_planes(Conv2dDirection::kWeightGrad, p) == cpu::Conv2dPlanes::kKeep;
+#endif
+  at::Tensor dweight = nchw || p.weight_planes ? empty_result(weight, contiguous(dy))
+                                               : empty_nhwc(weight, dy.options(), channels_last);
   if (dweight.numel() == 0) return in_format(dweight, channels_last);
   const at::Tensor grad = nchw ? dy.contiguous() : to_nhwc(dy, &p.y_pixel),
                    input = nchw ? x : to_nhwc(x, &p.x_pixel);

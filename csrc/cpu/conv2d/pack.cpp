@@ -214,15 +214,26 @@ void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, Ac
 template <class T>
 void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64_t depth, T* rows,
                              int64_t pitch) {
+  unpack_panel_to_planes(panel, columns, depth, 1, 0, rows, pitch);
+}
+
+template <class T>
+void unpack_panel_to_planes(const Accumulator<T>* panel, int64_t columns, int64_t channels, int64_t taps,
+                            int64_t tap_step, T* rows, int64_t pitch) {
   using Acc = Accumulator<T>;
   constexpr int kWidth = kLanes<Acc>;
+  const int64_t depth = channels * taps;
+  const Acc* places[kWidth];
+  int64_t channel = 0, tap = 0;
   for (int64_t d = 0; d < depth; d += kWidth) {
     const int64_t left = min64(depth - d, kWidth);
+    for (int64_t i = 0; i < left; ++i) {
+      places[i] = panel + tap * tap_step + channel * kTileColumns<Acc>;
+      if (++tap == taps) tap = 0, ++channel;
+    }
     for (int j = 0; j < kTileVectors && j * kWidth < columns; ++j) {
       Vec<Acc> square[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        square[i] = i < left ? load(panel + (d + i) * kTileColumns<Acc> + j * kWidth) : Vec<Acc>{};
-      }
+      for (int i = 0; i < kWidth; ++i) square[i] = i < left ? load(places[i] + j * kWidth) : Vec<Acc>{};
       transpose<Acc>(square);
       T* to = rows + j * kWidth * pitch + d;
       for (int64_t i = 0; i < min64(kWidth, columns - j * kWidth); ++i, to += pitch) {
@@ -313,7 +324,9 @@ void pack_panel(const BFloat16* rows, int64_t pitch, int64_t columns, int64_t de
   template void pack_panel_of_planes(const T*, int64_t, int64_t, int64_t, int64_t, int64_t,           \
                                      Accumulator<T>*);                                                \
   template void pack_panel(const T*, int64_t, int64_t, int64_t, Accumulator<T>*);                     \
-  template void unpack_panel_transposed(const Accumulator<T>*, int64_t, int64_t, T*, int64_t);
+  template void unpack_panel_transposed(const Accumulator<T>*, int64_t, int64_t, T*, int64_t);        \
+  template void unpack_panel_to_planes(const Accumulator<T>*, int64_t, int64_t, int64_t, int64_t, T*, \
+                                       int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(BFloat16)

@@ -98,9 +98,12 @@ void pack_panel(const T* rows, int64_t pitch, int64_t columns, int64_t depth, E*
 void pack_pairs(const BFloat16* even, const BFloat16* odd, int64_t count, Bf16Pair* out);
 #endif
 
-// The inverse of pack_panel_transposed, narrowing: rows[column][depth] of a panel.
+// The inverses, narrowing: rows[column][depth] of a panel, and rows that are [channel][tap].
 template <class T>
 void unpack_panel_transposed(const Accumulator<T>* panel, int64_t columns, int64_t depth, T* rows,
                              int64_t pitch);
+template <class T>
+void unpack_panel_to_planes(const Accumulator<T>* panel, int64_t columns, int64_t channels, int64_t taps,
+                            int64_t tap_step, T* rows, int64_t pitch);
 
 }  // namespace cuda_cnn::cpu::CUDA_CNN_ISA

@@ -25,6 +25,7 @@ struct Sums {
   Gather<T> gather;
   const T* dy;
   int64_t channels;  // of the group
+  bool planes;       // dweight is [output][channel][tap], else [output][tap][channel]
   int64_t dy_pixel, outputs, panels, tiles, chunks, block;
   int64_t v_tile, v_point;            // steps of V [point][tile][channel]
   int64_t m_panel, m_point;           // steps of M [point][panel][tile][kTileColumns]
@@ -161,15 +162,17 @@ void chunks_sums(const Sums<T>& w, int64_t first, int64_t last, float* u) {
   }
 }
 
-// From a panel's sums to its place in dweight [output][tap][channel], where w begins.
+// From a panel's sums to its place in dweight, where w begins.
 template <int kTaps, class T, class To>
 void finish_panel(const Sums<T>& w, int64_t panel, const float* u, To* dweight) {
   const int64_t channels = w.gather.channels, filter = kTaps * kTaps * w.channels;
   float* taps = workspace<float>(Workspace::kC, kTaps * kTaps * channels * kColumns);
   transform_sums<kTaps>(w, u, taps);
+  const int64_t outputs = w.outputs - panel * kColumns, tap_step = channels * kColumns;
   To* to = dweight + panel * kColumns * filter;
-  for (int tap = 0; tap < kTaps * kTaps; ++tap, taps += channels * kColumns, to += w.channels) {
-    unpack_panel_transposed(taps, w.outputs - panel * kColumns, channels, to, filter);
+  if (w.planes) return unpack_panel_to_planes(taps, outputs, channels, kTaps * kTaps, tap_step, to, filter);
+  for (int tap = 0; tap < kTaps * kTaps; ++tap, taps += tap_step, to += w.channels) {
+    unpack_panel_transposed(taps, outputs, channels, to, filter);
   }
 }
 
@@ -213,9 +216,10 @@ void group_weight_grad(const Sums<T>& w, To* dweight) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t c = i % parts, k = i / parts;
       const int64_t channel = vectors * c / parts * kLane, panel = w.panels * k / panel_parts;
-      part_weight_grad<kTaps>(w.part(channel, min64(w.channels, vectors * (c + 1) / parts * kLane), panel,
-                                     w.panels * (k + 1) / panel_parts),
-                              dweight + panel * kColumns * kTaps * kTaps * w.channels + channel);
+      part_weight_grad<kTaps>(
+          w.part(channel, min64(w.channels, vectors * (c + 1) / parts * kLane), panel,
+                 w.panels * (k + 1) / panel_parts),
+          dweight + panel * kColumns * kTaps * kTaps * w.channels + channel * (w.planes ? kTaps * kTaps : 1));
     }
   });
 }
@@ -228,6 +232,7 @@ void weight_grad_winograd_sums(const Conv2dParams& p, To* dweight) {
   Sums<T> w{forward_gather<T>(p),
             static_cast<const T*>(p.dy),
             channels,
+            p.weight_planes,
             p.y_pixel,
             outputs,
             ceil_div(outputs, kColumns),
