@@ -151,6 +151,17 @@ template <>
 CUDA_CNN_INLINE void store_first<float>(float* p, Vec<float> v, int64_t count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
 }
+#if !defined(CUDA_CNN_EMULATE_AVX512)
+template <>
+CUDA_CNN_INLINE Vec<float> load_first<Half>(const Half* p, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p));
+}
+template <>
+CUDA_CNN_INLINE void store_first<Half>(Half* p, Vec<float> v, int64_t count) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1),
+                           _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 #elif defined(CUDA_CNN_ISA_AVX2)
 template <>
 CUDA_CNN_INLINE Vec<float> load_first<float>(const float* p, int64_t count) {
