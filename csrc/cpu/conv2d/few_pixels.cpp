@@ -15,11 +15,13 @@ constexpr int kPixelsAtOnce = 4;
 // 12 sums, 3 of w and one of x in 16 registers; in 32 twice as many filters: x, from L2, is read half as
 // often.
 constexpr int kFiltersAtOnce = kLanes<float> == 16 ? 6 : 3;
-constexpr int kRowsAtOnce = 8;        // of w, in registers; then a sum and a broadcast
-constexpr int64_t kBlockSums = 4096;  // of dx: half of L1
+constexpr int kRowsAtOnce = 8;  // of w, in registers; then a sum and a broadcast
+// Of dx, a thread takes blocks of columns: of a weight in L2 so few that their sums are half of L1; of a
+// larger one rows that are long enough for the prefetchers.
+constexpr int64_t kBlockSums = 4096;
 constexpr int64_t kLongBlock = 1024;
-constexpr int64_t kSumsStep = kLongBlock + 16;  // keeps the pixels off one another's cache sets
 constexpr int64_t kLargeWeight = 1572864;       // bytes
+constexpr int64_t kSumsStep = kLongBlock + 16;  // keeps the pixels off one another's cache sets
 constexpr int64_t kChain = 128;
 constexpr int64_t kMultiplyAddsAThread = 100000;
 
@@ -176,7 +178,6 @@ void input_grad_few_pixels(const Conv2dParams& p) {
   for (int64_t m = 0; m < pixels; ++m) {
     for (int64_t k = 0; k < p.K; ++k) g[m * p.K + k] = widen(static_cast<const T*>(p.dy)[m * p.y_pixel + k]);
   }
-  // Long rows of a weight from memory, for the prefetchers; of one in L2 the sums stay in L1.
   const bool large = p.K * p.C * static_cast<int64_t>(sizeof(T)) > kLargeWeight;
   const int64_t most = large ? kLongBlock : min64(kLongBlock, kBlockSums / pixels);
   const int64_t blocks = ceil_div(ceil_div(p.C, most), num_threads()) * num_threads();

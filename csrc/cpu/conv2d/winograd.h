@@ -20,7 +20,7 @@ template <class E, class T>
 void winograd_inputs(const Gather<T>& gather, int64_t begin, int64_t end, Element<E>* out, int64_t point_step,
                      int64_t tile_step);
 
-// The weight gradient by sums of float, to dweight, which is NHWC.
+// The weight gradient by sums of float, to dweight, laid out as p.weight_planes says.
 template <class T, class To>
 void weight_grad_winograd_sums(const Conv2dParams& p, To* dweight);
 #if defined(CUDA_CNN_HAS_PAIRS)

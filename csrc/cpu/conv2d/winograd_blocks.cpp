@@ -46,9 +46,10 @@ class InBlocks {
     const int64_t tile = 7 - call_.R, rows = kCopySize / images_.row_size() - (call_.R - 1);
     band_ = images_.image_size() <= kCopySize ? p.P : min64(max64(1, rows / tile) * tile, p.P);
     filter_size_ = call_.K * call_.R * call_.S * call_.C;
-    const int64_t size = (count_ * (band_ + call_.R - 1) * images_.row_size() + kLanes<T>)*sizeof(T);
-    char* memory =
-        workspace<char>(Workspace::kBlocks, size + (filter_sets * filter_size_ + kLanes<F>)*sizeof(F));
+    const int64_t elements = count_ * (band_ + call_.R - 1) * images_.row_size() + kLanes<T>;
+    const int64_t size = ceil_div(elements * sizeof(T), 64) * 64;  // F is aligned, too
+    const int64_t filters_size = sizeof(F) * (filter_sets * filter_size_ + kLanes<F>);
+    char* memory = workspace<char>(Workspace::kBlocks, size + filters_size);
     memory_ = reinterpret_cast<T*>(memory), filters_ = reinterpret_cast<F*>(memory + size);
     call_.x = memory_;
   }
