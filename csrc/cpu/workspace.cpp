@@ -7,7 +7,13 @@ namespace cuda_cnn::cpu {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kPage = 4096;
+#if defined(__SANITIZE_ADDRESS__)  // memory of its own for each call: a slot that is in use twice is found
+constexpr bool kKeeps = false;
+constexpr int64_t kUnit = kAlignment;
+#else
+constexpr bool kKeeps = true;
+constexpr int64_t kUnit = 4096;
+#endif
 
 struct Buffer {
   void* data = nullptr;
@@ -21,9 +27,9 @@ thread_local Buffer buffers[static_cast<int>(Workspace::kCount)];
 
 void* workspace_bytes(Workspace slot, int64_t bytes) {
   Buffer& buffer = buffers[static_cast<int>(slot)];
-  if (buffer.size < bytes) {
+  if (buffer.size < bytes || !kKeeps) {
     std::free(buffer.data);
-    const int64_t size = (bytes + kPage - 1) / kPage * kPage;
+    const int64_t size = (bytes + kUnit - 1) / kUnit * kUnit;
     buffer.data = std::aligned_alloc(kAlignment, size);
     buffer.size = buffer.data ? size : 0;
     if (!buffer.data) throw std::bad_alloc();

@@ -6,7 +6,7 @@
 namespace cuda_cnn::cpu {
 
 // Slots let one thread hold several workspaces at once.
-enum class Workspace : int { kA, kB, kC, kD, kShared, kBlocks, kCount };
+enum class Workspace : int { kA, kB, kC, kD, kLines, kShared, kBlocks, kCount };
 
 // At least `bytes`, aligned to 64, contents undefined; valid on this thread until its next call for the same
 // slot. Other threads may use it while the owner waits for them. Grows, and is freed with its thread.

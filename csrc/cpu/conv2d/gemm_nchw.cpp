@@ -86,7 +86,8 @@ struct PlanesProduct {
     const int64_t spaced = chain + kLanes<Acc>;  // between rows that are copied
     const int64_t a_step = by_depth ? kTileRows : crowded ? spaced : depth;
     Acc* packed = workspace<Acc>(Workspace::kA, panels * panel_step);
-    Acc* sums = workspace<Acc>(Workspace::kB, panels * kGroupTiles * kTileRows * kColumns);
+    const int64_t sums_size = panels * kGroupTiles * kTileRows * kColumns;
+    Acc* sums = workspace<Acc>(Workspace::kB, sums_size + kLanes<Acc>);  // the last is read with what follows
     pack_planes(planes_of_group(gather, group), gather.source + N * gather.pixel * gather.H * gather.W,
                 position, count, 0, depth, {packed, kColumns, kColumns, panel_step});
     const int64_t group_rows = kGroupTiles * kTileRows;

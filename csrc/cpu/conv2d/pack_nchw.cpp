@@ -115,7 +115,7 @@ void pack_planes(const Gather<T>& g, const T* end, int64_t position, int64_t cou
     runs[run_count++] = {from, i / out.width * out.panel_step + i % out.width, length};
   }
 
-  Acc* line = as_it_lies ? nullptr : workspace<Acc>(Workspace::kC, rows * lines.line + lines.line);
+  Acc* line = as_it_lies ? nullptr : workspace<Acc>(Workspace::kLines, rows * lines.line + lines.line);
   Acc* const scratch = line + (as_it_lies ? 0 : rows * lines.line);
   int64_t c = depth_begin / (g.R * g.S), r = depth_begin / g.S % g.R, s = depth_begin % g.S;
   Acc* to = out.data;
