@@ -2,9 +2,10 @@
 // product, lanes are output channels. With c channels a group,
 //   y[k] = sum over taps, i < c of  w[tap][i][k] * x[k - k % c + i]
 // and the vector of that x is a shuffle of the vector x[k]: itself where c = 1.
-// Forward and input gradient: a few neighbouring output pixels share each tap's weights in a register. Two
+// Forward and input gradient: a few neighbouring output pixels share each tap's weights in a register, and
+// two output rows each pixel that both read: half the loads, and half the times a row comes from L2. Two
 // vectors of channels at a time: with AVX2 that is a cache line, so that pixels which share a cache set (512
-// channels and more) are read once. Memory is the bound, and the rows that come next are asked for meanwhile.
+// channels and more) are read once.
 #include "cpu/conv2d/depthwise.h"
 
 #include "cpu/conv2d/algorithms.h"
@@ -13,27 +14,35 @@
 namespace cuda_cnn::cpu::CUDA_CNN_ISA {
 namespace {
 
-constexpr int kRun = 4;  // output pixels at a time; two vectors of them hide the latency
+// Output pixels of a row at a time: 32 registers hold two rows of 4 in two vectors, 16 registers of 3.
+constexpr int kRun = kTileRows == 14 ? 4 : 3;
 
-// A run of outputs: its first pixel's column w0 and source, the rows of taps inside the image.
+// A block of outputs: kRows rows of kPixels. Its first pixel's column w0 and source, the rows of the image
+// that it reads, from the first tap of its first row.
 template <class T>
-struct Run {
+struct Block {
   const Gather<T>& g;
   const Scatter<T>& to;
-  int64_t r_begin, r_end, w0;
+  int64_t h_begin, h_end, w0;
   const T* source;
   int64_t out_pixel;
 };
 
-// sums[pixel] += weights * x[pixel * step], for the channels i and up of the groups. At an edge, columns
-// (from w on) outside the image are left out.
-template <class T, int kChannels, int kPixels, int kVectors, bool kEdge, int i = 0>
-CUDA_CNN_INLINE void add_tap(Vec<Accumulator<T>> (&sums)[kPixels][kVectors], const Gather<T>& g, const T* x,
-                             int64_t w, const Accumulator<T>* weights, int64_t left) {
+// sums[row][pixel] += weights * x[pixel * step] for the rows kFirst to kLast, for the channels i and up of
+// the groups; the weights of a row lie step_r before those of the row above it. At an edge, columns (from w
+// on) outside the image are left out.
+template <class T, int kChannels, int kFirst, int kLast, int kRows, int kPixels, int kVectors, bool kEdge,
+          int i = 0>
+CUDA_CNN_INLINE void add_tap(Vec<Accumulator<T>> (&sums)[kRows][kPixels][kVectors], const Gather<T>& g,
+                             const T* x, int64_t w, const Accumulator<T>* weights, int64_t step_r,
+                             int64_t left) {
   using Acc = Accumulator<T>;
-  Vec<Acc> weight[kVectors];
+  Vec<Acc> weight[kRows][kVectors];
 #pragma GCC unroll 2
-  for (int j = 0; j < kVectors; ++j) weight[j] = load(weights + j * kLanes<T>);
+  for (int row = kFirst; row <= kLast; ++row) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) weight[row][j] = load(weights - row * step_r + j * kLanes<T>);
+  }
   const int64_t step = g.stride_w * g.pixel;
 #pragma GCC unroll 4
   for (int n = 0; n < kPixels; ++n) {
@@ -42,109 +51,146 @@ CUDA_CNN_INLINE void add_tap(Vec<Accumulator<T>> (&sums)[kPixels][kVectors], con
     if (kEdge && (column < 0 || column >= g.W)) continue;
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      const Vec<Acc> value = spread<Acc, kChannels, i>(load_vector<T, kVectors>(pixel, j, left));
-      sums[n][j] = fma(weight[j], value, sums[n][j]);
+      Vec<Acc> value = spread<Acc, kChannels, i>(load_vector<T, kVectors>(pixel, j, left));
+      if (kFirst < kLast) pin(value);
+#pragma GCC unroll 2
+      for (int row = kFirst; row <= kLast; ++row) {
+        sums[row][n][j] = fma(weight[row][j], value, sums[row][n][j]);
+      }
     }
   }
   if constexpr (i + 1 < kChannels) {
-    add_tap<T, kChannels, kPixels, kVectors, kEdge, i + 1>(sums, g, x, w, weights + kTileColumns<Acc>, left);
+    add_tap<T, kChannels, kFirst, kLast, kRows, kPixels, kVectors, kEdge, i + 1>(
+        sums, g, x, w, weights + kTileColumns<Acc>, step_r, left);
   }
 }
 
-// Bias, residual and ReLU of vector j of a pixel.
-template <class T, int kVectors>
-CUDA_CNN_INLINE Vec<Accumulator<T>> finished(const Scatter<T>& to, Vec<Accumulator<T>> value, int64_t pixel,
-                                             int64_t c, int j, int64_t left) {
-  if (to.bias) value += load_vector<T, kVectors>(to.bias + c, j, left);
-  if (to.residual) value += load_vector<T, kVectors>(to.residual + pixel * to.residual_pixel + c, j, left);
-  return to.relu ? relu(value) : value;
-}
-
-// Asks for the rows of the source that the outputs below these will read first.
-template <class T, int kPixels>
-CUDA_CNN_INLINE void prefetch_below(const Gather<T>& g, const T* x) {
-  const int64_t row_step = g.W * g.pixel, step = g.stride_w * g.pixel;
-  x += ((g.R - 1) * g.tap_h + 1) * row_step;
-  for (int64_t h = 0; h < g.stride_h; ++h, x += row_step) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kPixels; ++n) __builtin_prefetch(x + n * step);
-    if (g.stride_w == 1) continue;
-#pragma GCC unroll 4
-    for (int n = 0; n < kPixels; ++n) __builtin_prefetch(x + g.pixel + n * step);
-  }
-}
-
-// kPixels outputs, kVectors of channels from c on.
-template <class T, int kChannels, int kPixels, int kVectors, bool kEdge>
-CUDA_CNN_INLINE void outputs(const Run<T>& run, const NarrowFilters<Accumulator<T>>& filters, int64_t c,
-                             int64_t left) {
-  using Acc = Accumulator<T>;
-  const Gather<T>& g = run.g;
-  const Scatter<T>& to = run.to;
-  prefetch_below<T, kPixels>(g, run.source + c);
-  Vec<Acc> sums[kPixels][kVectors] = {};
+// The rows of the image from h_begin to h_end, which the rows kFirst to kLast of the block read.
+template <class T, int kChannels, int kFirst, int kLast, int kRows, int kPixels, int kVectors, bool kEdge>
+CUDA_CNN_INLINE void add_rows(Vec<Accumulator<T>> (&sums)[kRows][kPixels][kVectors], const Block<T>& block,
+                              const NarrowFilters<Accumulator<T>>& filters, int64_t h_begin, int64_t h_end,
+                              int64_t c, int64_t left) {
+  const Gather<T>& g = block.g;
+  h_begin = max64(h_begin, block.h_begin);
+  h_end = min64(h_end, block.h_end);
   const int64_t tap_w = g.tap_w * g.pixel, tap_h = g.tap_h * g.W * g.pixel;
-  const T* x_row = run.source + c + run.r_begin * tap_h;
-  const Acc* weights_row = filters.of_channel(c) + run.r_begin * filters.step_r;
-  for (int64_t r = run.r_begin; r < run.r_end; ++r, x_row += tap_h, weights_row += filters.step_r) {
+  const T* x_row = block.source + c + h_begin * tap_h;
+  const Accumulator<T>* weights_row = filters.of_channel(c) + h_begin * filters.step_r;
+  for (int64_t h = h_begin; h < h_end; ++h, x_row += tap_h, weights_row += filters.step_r) {
     const T* x = x_row;
-    const Acc* weights = weights_row;
+    const Accumulator<T>* weights = weights_row;
     for (int64_t s = 0; s < g.S; ++s, x += tap_w, weights += filters.step_s) {
       opaque(x);
-      add_tap<T, kChannels, kPixels, kVectors, kEdge>(sums, g, x, run.w0 + s * g.tap_w, weights, left);
+      add_tap<T, kChannels, kFirst, kLast, kRows, kPixels, kVectors, kEdge>(
+          sums, g, x, block.w0 + s * g.tap_w, weights, filters.step_r, left);
     }
   }
-  T* out = to.out + run.out_pixel * to.pixel + c;
-  const int64_t out_step = to.step_w * to.pixel, out_below = to.step_h * to.W * to.pixel;
-  const bool mapped = to.bias || to.residual || to.relu;
-#pragma GCC unroll 4
-  for (int n = 0; n < kPixels; ++n, out += out_step) {
-    opaque(out);
-    __builtin_prefetch(out + out_below, 1);
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      const Vec<Acc> value =
-          mapped ? finished<T, kVectors>(to, sums[n][j], run.out_pixel + n * to.step_w, c, j, left)
-                 : sums[n][j];
-      if (kVectors > 1 || left >= kLanes<T>) {
-        store(out + j * kLanes<T>, value);
-      } else {
-        store_first(out, value, left);
+}
+
+// Bias, residual and ReLU of a block's sums: out of line, on sums in memory.
+template <class T, int kRows, int kPixels, int kVectors>
+__attribute__((noinline)) void finish(Vec<Accumulator<T>> (&sums)[kRows][kPixels][kVectors],
+                                      const Scatter<T>& to, int64_t out_pixel, int64_t c, int64_t left) {
+  for (int row = 0; row < kRows; ++row, out_pixel += to.step_h * to.W) {
+    for (int n = 0; n < kPixels; ++n) {
+      const int64_t residual = (out_pixel + n * to.step_w) * to.residual_pixel + c;
+      for (int j = 0; j < kVectors; ++j) {
+        Vec<Accumulator<T>>& value = sums[row][n][j];
+        if (to.bias) value += load_vector<T, kVectors>(to.bias + c, j, left);
+        if (to.residual) value += load_vector<T, kVectors>(to.residual + residual, j, left);
+        if (to.relu) value = relu(value);
       }
     }
   }
 }
 
-template <class T, int kChannels, int kPixels, bool kEdge>
-void run_of_outputs(const Run<T>& run, const NarrowFilters<Accumulator<T>>& filters, int64_t C) {
-  int64_t c = 0;
-  for (; c + 2 * kLanes<T> <= C; c += 2 * kLanes<T>) {
-    outputs<T, kChannels, kPixels, 2, kEdge>(run, filters, c, C - c);
+// kVectors of channels of a block, from c on.
+template <class T, int kChannels, int kRows, int kPixels, int kVectors, bool kEdge>
+CUDA_CNN_INLINE void outputs(const Block<T>& block, const NarrowFilters<Accumulator<T>>& filters, int64_t c,
+                             int64_t left) {
+  using Acc = Accumulator<T>;
+  const Scatter<T>& to = block.to;
+  const int64_t R = block.g.R;
+  Vec<Acc> sums[kRows][kPixels][kVectors] = {};
+  if constexpr (kRows == 1) {
+    add_rows<T, kChannels, 0, 0, kRows, kPixels, kVectors, kEdge>(sums, block, filters, 0, R, c, left);
+  } else {  // the first row of the image is read by the upper outputs alone, the last by the lower
+    add_rows<T, kChannels, 0, 0, kRows, kPixels, kVectors, kEdge>(sums, block, filters, 0, 1, c, left);
+    add_rows<T, kChannels, 0, 1, kRows, kPixels, kVectors, kEdge>(sums, block, filters, 1, R, c, left);
+    add_rows<T, kChannels, 1, 1, kRows, kPixels, kVectors, kEdge>(sums, block, filters, R, R + 1, c, left);
   }
-  for (; c < C; c += kLanes<T>) outputs<T, kChannels, kPixels, 1, kEdge>(run, filters, c, C - c);
+  if (to.bias || to.residual || to.relu) {  // a copy: the sums themselves stay in registers
+    Vec<Acc> finished[kRows][kPixels][kVectors];
+    memcpy(finished, sums, sizeof(sums));
+    finish<T>(finished, to, block.out_pixel, c, left);
+    memcpy(sums, finished, sizeof(sums));
+  }
+#pragma GCC unroll 2
+  for (int row = 0; row < kRows; ++row) {
+    T* out = to.out + (block.out_pixel + row * to.step_h * to.W) * to.pixel + c;
+#pragma GCC unroll 4
+    for (int n = 0; n < kPixels; ++n, out += to.step_w * to.pixel) {
+      opaque(out);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        if (kVectors > 1 || left >= kLanes<T>) {
+          store(out + j * kLanes<T>, sums[row][n][j]);
+        } else {
+          store_first(out, sums[row][n][j], left);
+        }
+      }
+    }
+  }
 }
 
-// Output row `row` of all images' rows.
-template <class T, int kChannels>
-void correlate_row(const Gather<T>& g, const Scatter<T>& to, const NarrowFilters<Accumulator<T>>& filters,
-                   int64_t row, int64_t C) {
-  const int64_t n = row / g.P, p = row % g.P, h0 = g.base_h + p * g.stride_h;
+template <class T, int kChannels, int kRows, int kPixels, bool kEdge>
+void block_of_outputs(const Block<T>& block, const NarrowFilters<Accumulator<T>>& filters, int64_t C) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes<T> <= C; c += 2 * kLanes<T>) {
+    outputs<T, kChannels, kRows, kPixels, 2, kEdge>(block, filters, c, C - c);
+  }
+  for (; c < C; c += kLanes<T>) {
+    outputs<T, kChannels, kRows, kPixels, 1, kEdge>(block, filters, c, C - c);
+  }
+}
+
+// kRows output rows of image n, from row p on, kPixels at a time.
+template <class T, int kChannels, int kRows, int kPixels>
+void correlate_rows(const Gather<T>& g, const Scatter<T>& to, const NarrowFilters<Accumulator<T>>& filters,
+                    int64_t n, int64_t p, int64_t C) {
+  const int64_t h0 = g.base_h + p * g.stride_h;
   const int64_t out_row = (n * to.H + to.first_h + p * to.step_h) * to.W + to.first_w;
-  Run<T> run{g, to};
-  clip(h0, g.tap_h, g.H, g.R, &run.r_begin, &run.r_end);
-  // The last run overlaps the one before: some outputs are computed twice, alike.
-  for (int64_t q = 0; q < g.Q; q += g.Q >= kRun ? kRun : 1) {
-    if (g.Q >= kRun) q = min64(q, g.Q - kRun);
-    run.w0 = g.base_w + q * g.stride_w;
-    run.source = g.source + ((n * g.H + h0) * g.W + run.w0) * g.pixel;
-    run.out_pixel = out_row + q * to.step_w;
-    const bool inside = run.w0 >= 0 && run.w0 + (kRun - 1) * g.stride_w + (g.S - 1) * g.tap_w < g.W;
-    if (g.Q < kRun) {
-      run_of_outputs<T, kChannels, 1, true>(run, filters, C);
-    } else if (inside) {
-      run_of_outputs<T, kChannels, kRun, false>(run, filters, C);
+  Block<T> block{g, to};
+  clip(h0, g.tap_h, g.H, g.R + kRows - 1, &block.h_begin, &block.h_end);
+  for (int64_t q = 0; q < g.Q; q += kPixels) {
+    q = min64(q, g.Q - kPixels);  // the last block overlaps the one before: some are computed twice, alike
+    block.w0 = g.base_w + q * g.stride_w;
+    block.source = g.source + ((n * g.H + h0) * g.W + block.w0) * g.pixel;
+    block.out_pixel = out_row + q * to.step_w;
+    const bool inside = block.w0 >= 0 && block.w0 + (kPixels - 1) * g.stride_w + (g.S - 1) * g.tap_w < g.W;
+    if (inside) {
+      block_of_outputs<T, kChannels, kRows, kPixels, false>(block, filters, C);
     } else {
-      run_of_outputs<T, kChannels, kRun, true>(run, filters, C);
+      block_of_outputs<T, kChannels, kRows, kPixels, true>(block, filters, C);
+    }
+  }
+}
+
+// Pair `pair` of the output rows of all images: together where the lower row's taps are the upper one's, one
+// further.
+template <class T, int kChannels>
+void correlate_pair(const Gather<T>& g, const Scatter<T>& to, const NarrowFilters<Accumulator<T>>& filters,
+                    int64_t pair, int64_t C) {
+  const int64_t pairs = ceil_div(g.P, 2), n = pair / pairs, begin = pair % pairs * 2;
+  const int64_t end = min64(begin + 2, g.P);
+  if (end - begin == 2 && g.R > 0 && g.stride_h == g.tap_h && g.Q >= kRun) {
+    return correlate_rows<T, kChannels, 2, kRun>(g, to, filters, n, begin, C);
+  }
+  for (int64_t p = begin; p < end; ++p) {
+    if (g.Q >= kRun) {
+      correlate_rows<T, kChannels, 1, kRun>(g, to, filters, n, p, C);
+    } else {
+      correlate_rows<T, kChannels, 1, 1>(g, to, filters, n, p, C);
     }
   }
 }
@@ -174,8 +220,8 @@ const Accumulator<T>* pack_narrow(const Conv2dParams& p, bool transposed) {
   return packed;
 }
 
-int64_t rows_a_thread(const Conv2dParams& p, int64_t row_pixels) {
-  return ceil_div(kDepthwiseGrain, row_pixels * (p.R * p.S * (p.C / p.groups) + 1) * p.C);
+int64_t pairs_a_thread(const Conv2dParams& p, int64_t row_pixels) {
+  return ceil_div(kDepthwiseGrain, 2 * row_pixels * (p.R * p.S * (p.C / p.groups) + 1) * p.C);
 }
 
 }  // namespace
@@ -192,22 +238,23 @@ void forward_depthwise(const Conv2dParams& p) {
   to.residual_pixel = p.residual_pixel;
   to.relu = p.relu;
   dispatch_channels<T>(channels, [&](auto c) {
-    parallel_for(p.N * p.P, rows_a_thread(p, p.Q), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        correlate_row<T, c.kChannels>(gather, to, filters, row, p.C);
+    const int64_t pairs = p.N * ceil_div(p.P, 2);
+    parallel_for(pairs, pairs_a_thread(p, p.Q), [&](int64_t begin, int64_t end) {
+      for (int64_t pair = begin; pair < end; ++pair) {
+        correlate_pair<T, c.kChannels>(gather, to, filters, pair, p.C);
       }
     });
   });
 }
 
-// A row of dx is stride_w phases, one after the other.
+// The rows of dx are stride_h phases, the pixels of a row stride_w: one after the other.
 template <class T>
 void input_grad_depthwise(const Conv2dParams& p) {
   constexpr int64_t kColumns = kTileColumns<Accumulator<T>>;
   const int64_t channels = p.C / p.groups, tap = channels * kColumns;
   const Accumulator<T>* panels = pack_narrow<T>(p, true);
-  const auto correlate_phases = [&](auto c, int64_t n, int64_t row) {
-    const Conv2dPhase h = conv2d_phase(row % p.stride_h, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
+  // Pair `pair` of an image's rows of phase h.
+  const auto correlate_phases = [&](auto c, const Conv2dPhase& h, int64_t n, int64_t pair) {
     for (int64_t b = 0; b < min64(p.stride_w, p.W); ++b) {
       const Conv2dPhase w = conv2d_phase(b, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w);
       const Gather<T> gather = phase_gather<T>(p, h, w);
@@ -215,14 +262,19 @@ void input_grad_depthwise(const Conv2dParams& p) {
           panels, p.R * p.S * tap,
           ((h.tap + (h.taps - 1) * h.tap_step) * p.S + w.tap + (w.taps - 1) * w.tap_step) * tap,
           -h.tap_step * p.S * tap, -w.tap_step * tap};
-      correlate_row<T, c.kChannels>(gather, phase_scatter<T>(p, h, w), filters,
-                                    n * h.count + row / p.stride_h, p.C);
+      correlate_pair<T, c.kChannels>(gather, phase_scatter<T>(p, h, w), filters,
+                                     n * ceil_div(h.count, 2) + pair, p.C);
     }
   };
   dispatch_channels<T>(channels, [&](auto c) {
+    const int64_t phases = min64(p.stride_h, p.H), pairs = ceil_div(ceil_div(p.H, phases), 2) * phases;
     const int64_t row_pixels = ceil_div(p.P * p.Q, p.H);
-    parallel_for(p.N * p.H, rows_a_thread(p, row_pixels), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) correlate_phases(c, i / p.H, i % p.H);
+    parallel_for(p.N * pairs, pairs_a_thread(p, row_pixels), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / pairs, pair = i % pairs / phases;
+        const Conv2dPhase h = conv2d_phase(i % phases, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h);
+        if (2 * pair < h.count) correlate_phases(c, h, n, pair);
+      }
     });
   });
 }
