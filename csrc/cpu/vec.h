@@ -93,15 +93,38 @@ CUDA_CNN_INLINE HalfWords load_half_words(const void* p) {
 }
 CUDA_CNN_INLINE void store_half_words(void* p, HalfWords v) { *static_cast<HalfWordsUnaligned*>(p) = v; }
 
+// Of words narrow_words takes the lower halves, which are all there is of them. Intrinsics: g++ converts in
+// pieces, through memory.
+#if defined(CUDA_CNN_ISA_AVX512) && !defined(CUDA_CNN_EMULATE_AVX512)
+CUDA_CNN_INLINE Words widen_words(HalfWords v) {
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
+}
+CUDA_CNN_INLINE HalfWords narrow_words(Words v) {
+  return reinterpret_cast<HalfWords>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
+}
+#elif defined(CUDA_CNN_ISA_AVX2)
+CUDA_CNN_INLINE Words widen_words(HalfWords v) {
+  return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
+}
+CUDA_CNN_INLINE HalfWords narrow_words(Words v) {
+  const __m256i words = reinterpret_cast<__m256i>(v);
+  return reinterpret_cast<HalfWords>(
+      _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+#else
+CUDA_CNN_INLINE Words widen_words(HalfWords v) { return __builtin_convertvector(v, Words); }
+CUDA_CNN_INLINE HalfWords narrow_words(Words v) { return __builtin_convertvector(v, HalfWords); }
+#endif
+
 CUDA_CNN_INLINE Vec<float> load(const BFloat16* p) {
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(load_half_words(p), Words) << 16);
+  return reinterpret_cast<Vec<float>>(widen_words(load_half_words(p)) << 16);
 }
 CUDA_CNN_INLINE void store(BFloat16* p, Vec<float> v) {
   const Words bits = reinterpret_cast<Words>(v);
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words quiet = (bits >> 16) | 0x40u;
   const Words result = (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
-  store_half_words(p, __builtin_convertvector(result, HalfWords));
+  store_half_words(p, narrow_words(result));
 }
 
 #if defined(CUDA_CNN_ISA_AVX512)

@@ -98,7 +98,7 @@ CUDA_CNN_INLINE Vec<float> odd(Words pairs) { return reinterpret_cast<Vec<float>
 
 // Pairs of two rows' neighbours: a lane of `even` and the same lane of `odd`.
 CUDA_CNN_INLINE Words zip(HalfWords even, HalfWords odd) {
-  return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
+  return widen_words(even) | widen_words(odd) << 16;
 }
 // The same of floats, rounded.
 CUDA_CNN_INLINE Words zip(Vec<float> even, Vec<float> odd) {
