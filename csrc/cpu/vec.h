@@ -93,8 +93,8 @@ CUDA_CNN_INLINE HalfWords load_half_words(const void* p) {
 }
 CUDA_CNN_INLINE void store_half_words(void* p, HalfWords v) { *static_cast<HalfWordsUnaligned*>(p) = v; }
 
-// Of words narrow_words takes the lower halves, which are all there is of them. Intrinsics: g++ converts in
-// pieces, through memory.
+// Each half word as a word, and back: a word's upper half is 0. Intrinsics, as g++ converts in pieces,
+// through memory.
 #if defined(CUDA_CNN_ISA_AVX512) && !defined(CUDA_CNN_EMULATE_AVX512)
 CUDA_CNN_INLINE Words widen_words(HalfWords v) {
   return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));

@@ -3,9 +3,9 @@
 //   y[k] = sum over taps, i < c of  w[tap][i][k] * x[k - k % c + i]
 // and the vector of that x is a shuffle of the vector x[k]: itself where c = 1.
 // Forward and input gradient: a few neighbouring output pixels share each tap's weights in a register, and
-// two output rows each pixel that both read: half the loads, and half the times a row comes from L2. Two
-// vectors of channels at a time: with AVX2 that is a cache line, so that pixels which share a cache set (512
-// channels and more) are read once.
+// two output rows the pixels that both read: of R rows of taps, R + 1 rows of the image and not 2R are
+// loaded, each (R + 1) / 2 times from L2. Two vectors of channels at a time: with AVX2 that is a cache line,
+// so that pixels which share a cache set (512 channels and more) are read once.
 #include "cpu/conv2d/depthwise.h"
 
 #include "cpu/conv2d/algorithms.h"
@@ -114,7 +114,7 @@ CUDA_CNN_INLINE void outputs(const Block<T>& block, const NarrowFilters<Accumula
   Vec<Acc> sums[kRows][kPixels][kVectors] = {};
   if constexpr (kRows == 1) {
     add_rows<T, kChannels, 0, 0, kRows, kPixels, kVectors, kEdge>(sums, block, filters, 0, R, c, left);
-  } else {  // the first row of the image is read by the upper outputs alone, the last by the lower
+  } else {  // of these R + 1 rows of the image the upper outputs alone read the first, the lower the last
     add_rows<T, kChannels, 0, 0, kRows, kPixels, kVectors, kEdge>(sums, block, filters, 0, 1, c, left);
     add_rows<T, kChannels, 0, 1, kRows, kPixels, kVectors, kEdge>(sums, block, filters, 1, R, c, left);
     add_rows<T, kChannels, 1, 1, kRows, kPixels, kVectors, kEdge>(sums, block, filters, R, R + 1, c, left);
